@@ -1,0 +1,1 @@
+"""Handlers: JSON over HTTP in, engine calls out. Knows OpenAI's wire format; knows nothing of KV caches."""

@@ -1,0 +1,1 @@
+"""Where weights come from: fetched, verified, adapted and opened as engines."""
