@@ -30,7 +30,7 @@ class InvalidRequest(APIError):
 
     status = 400
     type = "invalid_request_error"
-    code = None
+    code: str | None = None
 
 
 class InvalidParameter(InvalidRequest):
