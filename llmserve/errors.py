@@ -6,12 +6,14 @@ Knows nothing of HTTP libraries or models. The wording and the codes follow Open
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class APIError(Exception):
     """An outcome a client is told of, in OpenAI's error envelope.
 
     `param` names the request's field by its path ("messages[1].content"), `retry_after` is in seconds. Instances are
-    values: plain, picklable, raised again for every caller they concern.
+    values: picklable, and copied (`copy.copy`) before they are raised for another caller, for raising adds a traceback.
     """
 
     status = 500
@@ -23,6 +25,16 @@ class APIError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild without the constructor, whose arguments differ from class to class."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[APIError], args: tuple[Any, ...], attributes: dict[str, Any]) -> APIError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InvalidRequest(APIError):

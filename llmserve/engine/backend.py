@@ -12,7 +12,7 @@ Logits = NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """One copy of a model's KV cache. Not thread-safe: a slot owns it.
+    """One KV cache of a model. Not thread-safe: a slot owns it.
 
     Weights may be shared with other backends of the same file.
     """
@@ -23,6 +23,11 @@ class Backend(Protocol):
     @property
     def context_length(self) -> int:
         """Most token ids the KV cache holds."""
+        ...
+
+    @property
+    def grid(self) -> int:
+        """Prefill chunks that end on multiples of this give the same scores, bit for bit, however a prompt is cut into them."""
         ...
 
     def forward(self, token_ids: Sequence[int], position: int, threads: int) -> None:

@@ -1,0 +1,48 @@
+# Everything happens in a virtual environment, made on first use; running a target again is quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MARK := $(VENV)/.installed
+
+.PHONY: run test fast lint cover bench clean
+
+run: $(MARK)                ## the server, with the default model, on 127.0.0.1:8080
+	$(BIN)/llmserve pull
+	exec $(BIN)/llmserve serve
+
+test: $(MARK)-test          ## every test, with the real model and real clients
+	$(BIN)/pytest
+
+fast: $(MARK)-test          ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: $(MARK)-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+cover: $(MARK)-test
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
+bench: $(MARK)-test         ## every figure the README claims, as ratios within one run
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(MARK): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(MARK)-test: $(MARK)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(MARK)-lint: $(MARK)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
+	touch $@
