@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llmserve.errors import ModelFileError
-from llmserve.models.adapt import identity
+from llmserve.models.files import identity
 
 log = logging.getLogger(__name__)
 

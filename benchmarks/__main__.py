@@ -1,0 +1,265 @@
+"""python -m benchmarks [NAME …]: every figure as a ratio within one run, both sides in alternation, medians of several rounds.
+
+Definitions. A stream's rate is (tokens − 1) / (last − first non-empty content). Rates of several streams together are
+their completion tokens over the seconds from the first request sent to the last byte received, prefill included. The
+response cache is bypassed except where it is what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.harness import Bare, Server, at_once, chat
+
+CORES = len(os.sched_getaffinity(0))
+SPLITS = [(slots, CORES // slots) for slots in (1, 2, 4, 8) if CORES % slots == 0]
+SUBJECTS = [
+    "a river", "a lighthouse", "two brothers", "an old bridge", "the first snow", "a clockmaker", "a desert town", "a ship",
+    "the night train", "a garden", "a lost letter", "the moon", "a violin", "a mountain pass", "a harbour", "a library",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the report: `ratio` of the median of `ours` to that of `other`, and what it should be."""
+
+    name: str
+    unit: str
+    ours: list[float]
+    other: list[float]
+    other_name: str
+    limit: str
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ours) / statistics.median(self.other)
+
+    @property
+    def holds(self) -> bool:
+        comparison, limit = self.limit.split()
+        return self.ratio >= float(limit) if comparison == "≥" else self.ratio <= float(limit)
+
+    def row(self) -> str:
+        def spread(values: list[float]) -> str:
+            return f"{statistics.median(values):.4g} ({min(values):.4g} – {max(values):.4g})"
+
+        mark = "yes" if self.holds else "**no**"
+        return (
+            f"| {self.name} | {spread(self.ours)} {self.unit} | {self.other_name} {spread(self.other)} {self.unit} "
+            f"| {self.ratio:.3g} | {self.limit} | {mark} |"
+        )
+
+
+def story(number: int) -> str:
+    return f"Write a very long story about {SUBJECTS[number % len(SUBJECTS)]}, in many chapters. Number {number}."
+
+
+def random_prompts(lengths: list[int]) -> list[list[int]]:
+    return [[1000 + (37 * number + 11 * position) % 40000 for position in range(n)] for number, n in enumerate(lengths)]
+
+
+def one_stream(rounds: int = 7, num_tokens: int = 160) -> list[Figure]:
+    bare, ours, floor = Bare(harness.model_path()), [], []
+    with harness.llmserve() as server:
+        chat(server.port, story(0), 8)
+        for number in range(rounds):
+            stream = chat(server.port, story(number), num_tokens)
+            ours.append((stream.num_tokens - 1) / (stream.last - stream.first))
+            seconds = bare([(1, CORES)], random_prompts([stream.num_prompt_tokens]), num_tokens, "decode")[f"1x{CORES}"]
+            floor.append((num_tokens - 1) / seconds)
+    bare.close()
+    return [Figure("one stream, decode", "tokens/s", ours, floor, "bare loop", "≥ 0.95")]
+
+
+def _together(server: Server, bare: Bare, models: list[str], num_streams: int, rounds: int, num_tokens: int) -> tuple[list[float], list[float]]:
+    """Rates of that many streams, spread over the models, and of the best bare split that does the same work."""
+    ours, floor = [], []
+    for number in range(rounds):
+        calls = [
+            partial(chat, server.port, story(n + 16 * number), num_tokens, model=models[n % len(models)])
+            for n in range(num_streams)
+        ]
+        streams, seconds = at_once(calls)
+        ours.append(sum(stream.num_tokens for stream in streams) / seconds)
+        times = bare(SPLITS, random_prompts([stream.num_prompt_tokens for stream in streams]), num_tokens)
+        floor.append(num_streams * num_tokens / min(times.values()))
+    return ours, floor
+
+
+def concurrent(rounds: int = 3, num_tokens: int = 64) -> list[Figure]:
+    bare, figures = Bare(harness.model_path()), []
+    with harness.llmserve(harness.model_table(prefix_cache=False)) as server:
+        chat(server.port, story(0), 8)
+        for num_streams in (2, 4, 8, 16):
+            ours, floor = _together(server, bare, [harness.MODEL], num_streams, rounds, num_tokens)
+            figures.append(Figure(f"{num_streams} streams together", "tokens/s", ours, floor, "best bare split", "≥ 0.95"))
+    bare.close()
+    return figures
+
+
+def two_models(rounds: int = 3, num_tokens: int = 64) -> list[Figure]:
+    bare = Bare(harness.model_path())
+    tables = harness.model_table("one", prefix_cache=False) + harness.model_table("two", prefix_cache=False)
+    with harness.llmserve(tables) as server:
+        ours, floor = _together(server, bare, ["one", "two"], 8, rounds, num_tokens)
+    bare.close()
+    return [Figure("8 streams over two models", "tokens/s", ours, floor, "best bare split", "≥ 0.95")]
+
+
+def shared_prefix(rounds: int = 3) -> list[Figure]:
+    rules = " ".join(f"Rule {n}: always be polite, brief and exact, and never speak of topic number {n}." for n in range(21))
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    tables = harness.model_table("with") + harness.model_table("without", prefix_cache=False)
+    with harness.llmserve(tables) as server:
+        for number in range(rounds):
+            for model, seconds in times.items():
+                system = f"You are assistant number {number}. {rules}"  # another prefix each round: a cold cache
+                calls = [partial(chat, server.port, f"Name {n}?", 16, system=system, model=model) for n in range(16)]
+                streams, elapsed = at_once(calls)
+                seconds.append(elapsed)
+        print(f"  (prompts of {streams[0].num_prompt_tokens} tokens)", file=sys.stderr)
+    return [Figure("16 requests, one 400-token system prompt", "s", times["with"], times["without"], "without reuse", "≤ 0.5")]
+
+
+def repeated(rounds: int = 5) -> list[Figure]:
+    """A deterministic request again, over one kept-alive connection."""
+    first, again = [], []
+    with harness.llmserve() as server:
+        for number in range(rounds):
+            request = _request(server.port, story(number), 64)
+            first.append(_exchange(server.port, [request])[0])
+            again.append(statistics.median(_exchange(server.port, [request] * 20)))
+    return [Figure("first answer against the repeated one", "s", first, again, "cached", "≥ 100")]
+
+
+def cached_rate(rounds: int = 5, seconds: float = 3.0) -> list[Figure]:
+    ours, floor = [], []
+    with harness.llmserve() as server, harness.bare_app() as hello:
+        hello.wait("/")
+        request = _request(server.port, story(0), 16)
+        _exchange(server.port, [request])
+        plain = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{hello.port}\r\n\r\n".encode()
+        for _ in range(rounds):
+            ours.append(_rate(server.port, seconds, request))
+            floor.append(_rate(hello.port, seconds, plain))
+    return [Figure("cached answers", "requests/s", ours, floor, "bare app", "≥ 0.5")]
+
+
+def start(rounds: int = 9) -> list[Figure]:
+    health: list[float] = []
+    floor: list[float] = []
+    first_token: list[float] = []
+    harness.model_path()
+    for _ in range(rounds):
+        with harness.bare_app() as hello:
+            floor.append(hello.wait("/health"))
+        with harness.llmserve(wait=None) as server:
+            health.append(server.wait("/health"))
+        with harness.llmserve(wait="/health") as server:
+            begun = time.perf_counter() - server.started
+            first_token.append(begun + chat(server.port, "Hello", 2).first)
+    return [
+        Figure("process start to /health", "s", health, floor, "bare app", "≤ 2"),
+        Figure("process start to first token", "s", first_token, [1.0], "one second", "≤ 2"),
+    ]
+
+
+def memory() -> list[Figure]:
+    """PSS of gunicorn's two processes, less the weights' mapping and the KV caches as far as they are resident."""
+    with harness.llmserve() as server:
+        at_once([partial(chat, server.port, story(n), 100) for n in range(8)])
+        _, status = server.get(f"/v1/models/{harness.MODEL}")
+        worker = server.worker_pid()
+        total = sum(harness.pss(pid)["total"] for pid in (server.process.pid, worker))
+        beside = total - _resident(worker, ".gguf") - _kv_caches(worker, status["memory"]["kv_cache"] // status["slots"])
+    return [Figure("memory beside weights and KV caches", "MB", [beside / 1e6], [1.0], "one MB", "≤ 120")]
+
+
+def _request(port: int, content: str, max_tokens: int) -> bytes:
+    body = {"model": harness.MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0}
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
+
+
+def _exchange(port: int, requests: list[bytes]) -> list[float]:
+    """Seconds of each request over one connection."""
+    import socket
+
+    from benchmarks.load import length_of
+
+    times = []
+    with socket.create_connection(("127.0.0.1", port), timeout=600) as connection:
+        for request in requests:
+            begun = time.perf_counter()
+            connection.sendall(request)
+            received = b""
+            while b"\r\n\r\n" not in received or len(received) < received.find(b"\r\n\r\n") + 4 + length_of(received):
+                received += connection.recv(65536)
+            times.append(time.perf_counter() - begun)
+            if not received.startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(received.decode(errors="replace"))
+    return times
+
+
+def _rate(port: int, seconds: float, request: bytes) -> float:
+    command = [harness.PYTHON, "-m", "benchmarks.load", str(port), str(seconds), "4"]
+    return float(subprocess.run(command, input=request, capture_output=True, check=True).stdout)
+
+
+def _mappings(pid: int) -> list[tuple[int, str, int]]:
+    """(size, file name, PSS) in bytes of each mapping (proc(5), smaps)."""
+    found = []
+    for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{pid}/smaps").read_text()):
+        head, *lines = block.splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+        name = head.split(maxsplit=5)[5] if len(head.split(maxsplit=5)) == 6 else ""
+        found.append((sizes["Size"], name, sizes["Pss"]))
+    return found
+
+
+def _resident(pid: int, suffix: str) -> int:
+    return sum(pss for _, name, pss in _mappings(pid) if name.endswith(suffix))
+
+
+def _kv_caches(pid: int, size: int) -> int:
+    """The library allocates each KV cache as one anonymous mapping, a little larger than the cache itself."""
+    return sum(pss for mapped, name, pss in _mappings(pid) if not name and size <= mapped < size + 4 * 2**20)
+
+
+MEASURES: dict[str, Callable[[], list[Figure]]] = {
+    measure.__name__: measure
+    for measure in (one_stream, concurrent, two_models, shared_prefix, repeated, cached_rate, start, memory)
+}
+
+
+def main(names: list[str]) -> int:
+    figures = []
+    for name in names or MEASURES:
+        print(f"{name} …", file=sys.stderr)
+        figures += MEASURES[name]()
+        print("\n".join(figure.row() for figure in figures[-4:]), file=sys.stderr)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    head = "| figure | llmserve | other | ratio | should be | holds |\n|---|---|---|---|---|---|\n"
+    report = head + "\n".join(figure.row() for figure in figures) + "\n"
+    stamp = f"{'-'.join(names) or 'all'}"
+    (folder / f"{stamp}.md").write_text(report)
+    (folder / f"{stamp}.json").write_text(json.dumps([asdict(figure) | {"ratio": figure.ratio} for figure in figures], indent=1))
+    print(report)
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

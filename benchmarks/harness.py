@@ -1,0 +1,228 @@
+"""Start and stop what is measured, and speak HTTP to it with as little work as possible: the client shares the cores."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PYTHON = sys.executable
+MODEL = "smollm2-135m-instruct"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A server in a process group of its own."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.perf_counter)
+
+    def get(self, path: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def wait(self, path: str, timeout: float = 600) -> float:
+        """Poll until `path` answers 200; the seconds since the process was started."""
+        deadline = time.perf_counter() + timeout
+        while time.perf_counter() < deadline:
+            try:
+                if self.get(path)[0] == 200:
+                    return time.perf_counter() - self.started
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.002)
+        raise TimeoutError(f"{path} did not answer 200 within {timeout} s")
+
+    def wait_until_idle(self, model: str, timeout: float) -> None:
+        """Until nothing of the model runs or waits; TimeoutError after `timeout` seconds."""
+        deadline = time.perf_counter() + timeout
+        while True:
+            _, status = self.get(f"/v1/models/{model}")
+            if not status["running"] and not status["waiting"]:
+                return
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"{model} is still busy after {timeout} s: {status}")
+            time.sleep(0.02)
+
+    def worker_pid(self) -> int:
+        """gunicorn's worker: the process that has the models."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+
+@contextmanager
+def gunicorn(*arguments: str, environ: dict[str, str] | None = None, log: Path | None = None) -> Iterator[Server]:
+    """A gunicorn on a free port, in a process of its own; what it says goes to `log`."""
+    port = free_port()
+    command = [PYTHON, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", *arguments]
+    with (log or Path(os.devnull)).open("wb") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, env={**os.environ, **(environ or {})}, stdout=output, stderr=output)
+    try:
+        yield Server(port, process, started)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextmanager
+def bare_app() -> Iterator[Server]:
+    """The least an app can be, on the same gunicorn."""
+    with gunicorn("-k", "gthread", "--threads", "64", "--keep-alive", "75", "benchmarks.hello:app") as server:
+        yield server
+
+
+@contextmanager
+def llmserve(config: str = "", *, wait: str | None = "/readyz", log: Path | None = None) -> Iterator[Server]:
+    """llmserve with a configuration file of this text, once `wait` answers 200."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "llmserve.toml"
+        path.write_text(config)
+        environ = {"LLMSERVE_CONFIG": str(path)}
+        with gunicorn("-c", "python:llmserve.gunicorn_conf", "llmserve.wsgi:app", environ=environ, log=log) as server:
+            if wait:
+                server.wait(wait)
+            yield server
+
+
+def post(port: int, path: str, body: object = None) -> tuple[int, Any]:
+    """(status, JSON) of a POST."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    try:
+        connection.request("POST", path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def model_table(model_id: str = MODEL, **options: object) -> str:
+    """A [[models]] table for the default model's file."""
+    from llmserve.config import DEFAULT_MODEL
+
+    return table(id=model_id, source=DEFAULT_MODEL.source, sha256=DEFAULT_MODEL.sha256, **options)
+
+
+def table(**options: object) -> str:
+    """A [[models]] table. JSON's strings, numbers, booleans and lists are TOML's too."""
+    return "[[models]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+
+
+def model_path() -> Path:
+    """The default model's file as ctransformers runs it, made if it is not there yet."""
+    from llmserve.config import DEFAULT_MODEL, load
+    from llmserve.models.loading import Loader
+
+    return Loader(load().server).prepare(DEFAULT_MODEL).path
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a client saw of one stream. Times in seconds from the moment the request was sent."""
+
+    first: float
+    last: float
+    total: float
+    num_tokens: int
+    num_prompt_tokens: int
+    text: str
+
+
+def chat(port: int, content: str, max_tokens: int, *, system: str = "", model: str = MODEL, **options: Any) -> Stream:
+    """One streamed chat completion over a raw socket. The response cache is bypassed unless headers say otherwise."""
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": content}]
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, **options}
+    payload = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=600) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        begun = time.perf_counter()
+        connection.sendall(head.encode() + payload)
+        arrivals: list[tuple[float, bytes]] = []
+        while piece := connection.recv(65536):
+            arrivals.append((time.perf_counter() - begun, piece))
+    return _read(arrivals, time.perf_counter() - begun)
+
+
+def _read(arrivals: list[tuple[float, bytes]], total: float) -> Stream:
+    """Parse afterwards, so that the client's own work is not in the way of what it measures."""
+    raw = b"".join(piece for _, piece in arrivals)
+    if not raw.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(raw.decode(errors="replace")[:500])
+    times = [time for time, piece in arrivals if b'"content":' in piece and b'"content":""' not in piece]
+    events = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: {")]
+    usage = events[-1]["usage"]
+    text = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    return Stream(times[0], times[-1], total, usage["completion_tokens"], usage["prompt_tokens"], text)
+
+
+def at_once(calls: list[Any]) -> tuple[list[Any], float]:
+    """Run the calls in threads of their own; their results in order, and the seconds until the last was done."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        results[number] = calls[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begun
+    if None in results:
+        raise RuntimeError("a client failed")
+    return results, seconds
+
+
+class Bare:
+    """The bare loops' process."""
+
+    def __init__(self, path: Path) -> None:
+        command = [PYTHON, "-m", "benchmarks.bare", str(path)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, splits: list[tuple[int, int]], prompts: list[list[int]], num_tokens: int, only: str = "") -> dict[str, float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        command = {"splits": splits, "prompts": prompts, "num_tokens": num_tokens, "only": only}
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        self._process.stdin.flush()
+        return dict(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def pss(pid: int) -> dict[str, int]:
+    """Proportional set size in bytes: in all, of private memory, of file mappings (proc(5), smaps_rollup)."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss")}
+    return {"total": kib["Pss"] * 1024, "anon": kib["Pss_Anon"] * 1024, "file": kib["Pss_File"] * 1024}

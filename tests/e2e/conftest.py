@@ -1,0 +1,48 @@
+"""A real server for the end-to-end tests: gunicorn in a subprocess, the real model, and a tiny one beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import harness
+from tests.tiny_models import write_llama_spm
+
+MODEL = harness.MODEL
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/e2e/" in str(item.path):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    tiny = write_llama_spm(folder / "tiny.gguf")
+    config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"]) + harness.table(id="org/tiny", source=str(tiny), load="on_demand")
+    with harness.llmserve(config, log=folder / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def base_url(server):
+    return f"http://127.0.0.1:{server.port}/v1"
+
+
+@pytest.fixture
+def client(base_url):
+    import openai
+
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request):
+    """After every test that used the server, each slot of each model is free within a second."""
+    yield
+    if "server" in request.fixturenames:
+        running = request.getfixturevalue("server")
+        for model in (MODEL, "org/tiny"):
+            running.wait_until_idle(model, timeout=1.5)

@@ -1,0 +1,161 @@
+"""The one fake of the tests: a `Backend` without a model, and an engine around it. Everything else in a test is real."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmserve.config import ModelSpec
+from llmserve.engine.chat_template import ChatTemplate
+from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.statistics import StatisticsCounter
+from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary
+
+EOS, BOS, START, END = 256, 257, 258, 259
+CONTROLS = {"<eos>": EOS, "<bos>": BOS, "<start>": START, "<end>": END}
+VOCAB_SIZE = 260
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<start>{{ m['role'] }}\n{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+
+Reply = Callable[[Sequence[int]], int]
+
+
+def babble(held: Sequence[int]) -> int:
+    """A letter that depends on everything the cache holds, so that a wrong cache gives another answer; never EOS."""
+    return 97 + zlib.crc32(np.asarray(held, dtype=np.int32).tobytes()) % 26
+
+
+def say(text: str) -> Reply:
+    """Answer every chat with `text` and EOS."""
+    script = [*text.encode(), EOS]
+
+    def reply(held: Sequence[int]) -> int:
+        said = len(held) - 1 - max(i for i, token_id in enumerate(held) if token_id == START) - len(b"assistant\n")
+        return script[min(said, len(script) - 1)]
+
+    return reply
+
+
+class FakeBackend:
+    """A cache of byte tokens whose scores come from a function of what it holds.
+
+    It checks what a real library would crash on: positions beyond the cache, holes in it, ids beyond the vocabulary,
+    use by two threads at once, use after close.
+    """
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, reply: Reply = babble, context_length: int = 256, grid: int = 1) -> None:
+        self.context_length = context_length
+        self.grid = grid
+        self.reply = reply
+        self.held: list[int] = []
+        self.passes: list[tuple[int, int, int]] = []  # (position, number of tokens, threads)
+        self.closed = False
+        self.on_forward: Callable[[], None] = lambda: None
+        self._busy = False
+
+    def forward(self, token_ids: Sequence[int], position: int, threads: int) -> None:
+        assert not self.closed, "used after close"
+        assert not self._busy, "used by two threads at once"
+        assert 0 <= position <= len(self.held), "a hole in the cache"
+        assert token_ids and position + len(token_ids) <= self.context_length, "beyond the cache"
+        assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids), "beyond the vocabulary"
+        assert threads >= 1
+        self._busy = True
+        self.passes.append((position, len(token_ids), threads))
+        self.on_forward()
+        self.held[position:] = token_ids
+        self._busy = False
+
+    def logits(self) -> np.ndarray:
+        scores = np.zeros(VOCAB_SIZE, dtype=np.float32)
+        scores[self.reply(self.held)] = 10
+        scores[97:123] += 1  # so that draws at temperature 1 and more differ
+        return scores
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def byte_tokenizer() -> LibraryTokenizer:
+    """Every byte is a token, behind them the control tokens."""
+    vocabulary = Vocabulary(
+        pieces=[bytes([value]) for value in range(256)] + [b""] * len(CONTROLS),
+        control_texts=CONTROLS,
+        user_texts={},
+        eos_token_ids=frozenset({EOS}),
+        bos_token_id=BOS,
+    )
+    return LibraryTokenizer(vocabulary, tokenize=list, tokenize_rest=list)
+
+
+def make_engine(
+    backends: Sequence[FakeBackend],
+    *,
+    budget: ComputeBudget | None = None,
+    statistics: StatisticsCounter | None = None,
+    info: EngineInfo | None = None,
+    template: str | None = TEMPLATE,
+    **settings: object,
+) -> Engine:
+    context_length = backends[0].context_length
+    return Engine(
+        info=info or EngineInfo("fake", "fake", "it is a test", context_length, len(backends), 1000, 100 * len(backends)),
+        backends=backends,
+        tokenizer=byte_tokenizer(),
+        chat_template=ChatTemplate(template, control_texts=CONTROLS, special={"bos_token": "<bos>", "eos_token": "<eos>"}),
+        budget=budget or ComputeBudget(2),
+        settings=EngineSettings(**settings),
+        statistics=statistics,
+    )
+
+
+class FakeLoader:
+    """A `ModelLoader` whose engines run on fake backends, one slot each; loads can be held up and made to fail."""
+
+    def __init__(self, reply: Reply = babble, memory_bytes: int = 1100, **engine_options: object) -> None:
+        self.memory_bytes = memory_bytes
+        self.prepared: list[str] = []
+        self.failures: dict[str, Exception] = {}
+        self.backends: list[FakeBackend] = []
+        self._reply = reply
+        self._engine_options = engine_options
+        self._held: dict[str, threading.Event] = {}
+
+    def hold(self, model_id: str) -> None:
+        self._held[model_id] = threading.Event()
+
+    def let_go(self, model_id: str) -> None:
+        self._held[model_id].set()
+
+    def prepare(self, spec: ModelSpec) -> FakePrepared:
+        self.prepared.append(spec.id)
+        if spec.id in self._held:
+            assert self._held[spec.id].wait(10)
+        if spec.id in self.failures:
+            raise self.failures[spec.id]
+        return FakePrepared(self, f"{spec.id}-{self.prepared.count(spec.id)}", self.memory_bytes)
+
+    def open(self, identity: str, statistics: StatisticsCounter) -> Engine:
+        backend = FakeBackend(self._reply)
+        self.backends.append(backend)
+        info = EngineInfo(identity, "fake", "it is a test", backend.context_length, 1, self.memory_bytes, 0)
+        return make_engine([backend], statistics=statistics, info=info, **self._engine_options)
+
+
+@dataclass(frozen=True)
+class FakePrepared:
+    loader: FakeLoader
+    identity: str
+    memory_bytes: int
+
+    def open(self, statistics: StatisticsCounter) -> Engine:
+        return self.loader.open(self.identity, statistics)
