@@ -37,6 +37,7 @@ def settings(config: Config) -> dict[str, Any]:
         "timeout": _HEARTBEAT,
         "graceful_timeout": int(server.grace_period) + _MARGIN,
         "loglevel": server.log_level,
+        "control_socket_disable": True,  # nothing here is controlled through it, and all servers of a user would share one
         "proc_name": "llmserve",
         "on_starting": _on_starting(config),
         "post_worker_init": _post_worker_init(server.grace_period),

@@ -17,7 +17,8 @@ from llmserve.engine.ctransformers_backend import CTransformersBackend
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer, special_texts
+from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer
+from llmserve.engine.vocabulary import special_texts
 from llmserve.errors import ModelFileError
 from llmserve.models import adapt, probe, sources
 from llmserve.models.files import fingerprint, identity
