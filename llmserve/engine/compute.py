@@ -40,12 +40,12 @@ class ComputeBudget:
         with self._lock:
             return self._num_sharers > 1
 
-    def acquire(self) -> int:
+    def acquire(self, at_most: int) -> int:
         """Wait for cores, FIFO, and take a fair part of them: the number of threads the pass may use. Pair with `release`."""
         with self._lock:
             if self._free and not self._waiting:
-                return self._grant()
-            ticket = _Ticket()
+                return self._grant(at_most)
+            ticket = _Ticket(at_most)
             self._waiting.append(ticket)
         ticket.granted.acquire()
         return ticket.threads
@@ -57,13 +57,13 @@ class ComputeBudget:
             self._num_leases -= 1
             while self._free and self._waiting:
                 ticket = self._waiting.popleft()
-                ticket.threads = self._grant()
+                ticket.threads = self._grant(ticket.at_most)
                 ticket.granted.release()
 
-    def _grant(self) -> int:
+    def _grant(self, at_most: int) -> int:
         """Free cores divided by the sharers without a lease, so that all cores are used and nobody is left without."""
         num_idle_sharers = max(1, self._num_sharers - self._num_leases)
-        threads = max(1, self._free // num_idle_sharers)
+        threads = min(at_most, max(1, self._free // num_idle_sharers))
         self._free -= threads
         self._num_leases += 1
         return threads
@@ -72,7 +72,62 @@ class ComputeBudget:
 class _Ticket:
     """A pass that waits for cores. The lock is held until they are granted."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_most: int) -> None:
+        self.at_most = at_most
         self.threads = 0
         self.granted = threading.Lock()
         self.granted.acquire()
+
+
+_CALIBRATING_PASSES = 3  # with one thread, when a model is new
+_STALLED = 1.2  # times a single-threaded pass
+_FIRST_PENALTY = 2  # passes
+_LONGEST_PENALTY = 256
+_FORGIVEN_AFTER = 16  # good passes
+
+
+class StallGuard:
+    """How many threads a model's decode passes should use at most, learned from how long they take. Thread-safe.
+
+    Threads help only while each has a core to itself. When another program takes one, the others spin until it is given
+    back, and a pass takes many times as long as it would with a single thread. So the time of single-threaded passes is
+    the measure: a pass that took well over it has stalled, and the next ones use half as many threads; how many passes do
+    so doubles with every stall that follows soon, up to a bound, and one pass then tries again.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._lock = threading.Lock()
+        self._single_seconds = 0.0  # guarded by _lock: a moving average
+        self._num_calibrating = _CALIBRATING_PASSES  # guarded by _lock
+        self._limit = cores  # guarded by _lock
+        self._num_limited = 0  # guarded by _lock: passes until the limit is lifted
+        self._penalty = _FIRST_PENALTY  # guarded by _lock: passes
+        self._num_good = 0  # guarded by _lock: passes with many threads since the last stall
+
+    @property
+    def limit(self) -> int:
+        """Most threads of the next pass."""
+        with self._lock:
+            return 1 if self._num_calibrating else self._limit
+
+    def observe(self, threads: int, seconds: float) -> None:
+        """Learn from a decode pass."""
+        with self._lock:
+            if threads == 1:
+                weight = 1.0 if self._num_calibrating == _CALIBRATING_PASSES else 0.2
+                self._single_seconds += weight * (seconds - self._single_seconds)
+                self._num_calibrating = max(0, self._num_calibrating - 1)
+            elif seconds > _STALLED * self._single_seconds:
+                self._limit, self._num_limited = threads // 2, self._penalty
+                self._penalty = min(2 * self._penalty, _LONGEST_PENALTY)
+                self._num_good = 0
+                return
+            else:
+                self._num_good += 1
+                if self._num_good >= _FORGIVEN_AFTER:
+                    self._penalty = _FIRST_PENALTY
+            if self._num_limited:
+                self._num_limited -= 1
+                if not self._num_limited:
+                    self._limit = self._cores

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from llmserve.engine import slots
 from llmserve.engine.backend import Backend, Logits
 from llmserve.engine.chat_template import ChatTemplate
-from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.compute import ComputeBudget, StallGuard
 from llmserve.engine.generation import ChoiceEnd, Delta, Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import Slot
@@ -104,6 +104,7 @@ class Engine:
         self.chat_template = chat_template
         self.context_length = info.context_length
         self._budget = budget
+        self._stall_guard = StallGuard(budget.cores)
         self._settings = settings
         self._statistics = statistics or StatisticsCounter()
         self._clock = clock
@@ -281,11 +282,15 @@ class Engine:
 
     def _forward(self, slot: Slot, job: _Job, token_ids: list[int]) -> Logits:
         """One forward pass within the compute budget, unless nobody wants its result any more."""
-        threads = self._budget.acquire()
+        threads = self._budget.acquire(at_most=self._stall_guard.limit)
         try:
             if job.generation.closed or job.abort is not None:
                 raise _Cancelled
-            return slot.forward(token_ids, threads)
+            begun = self._clock()
+            logits = slot.forward(token_ids, threads)
+            if len(token_ids) == 1:
+                self._stall_guard.observe(threads, self._clock() - begun)
+            return logits
         finally:
             self._budget.release(threads)
 

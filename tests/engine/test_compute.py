@@ -2,11 +2,11 @@ import threading
 
 import pytest
 
-from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.compute import ComputeBudget, StallGuard
 
 
 def start(budget, granted, number):
-    thread = threading.Thread(target=lambda: granted.append((number, budget.acquire())), daemon=True)
+    thread = threading.Thread(target=lambda: granted.append((number, budget.acquire(budget.cores))), daemon=True)
     thread.start()
     return thread
 
@@ -23,7 +23,7 @@ def wait_until(condition, timeout=5.0):
 def test_a_lone_pass_gets_every_core():
     budget = ComputeBudget(8)
     with budget.share():
-        assert budget.acquire() == 8
+        assert budget.acquire(budget.cores) == 8
         assert not budget.contended
 
 
@@ -32,13 +32,13 @@ def test_two_passes_divide_all_cores(cores, expected):
     budget = ComputeBudget(cores)
     with budget.share(), budget.share():
         assert budget.contended
-        assert [budget.acquire(), budget.acquire()] == expected
+        assert [budget.acquire(budget.cores), budget.acquire(budget.cores)] == expected
 
 
 def test_more_passes_than_cores_wait_and_are_served_in_order():
     budget, granted = ComputeBudget(2), []
     with budget.share(), budget.share(), budget.share(), budget.share():
-        first, second = budget.acquire(), budget.acquire()
+        first, second = budget.acquire(budget.cores), budget.acquire(budget.cores)
         assert (first, second) == (1, 1)
         for number in range(3):
             start(budget, granted, number)
@@ -53,7 +53,7 @@ def test_more_passes_than_cores_wait_and_are_served_in_order():
 
 def test_a_newcomer_does_not_overtake_those_who_wait():
     budget, granted = ComputeBudget(1), []
-    budget.acquire()
+    budget.acquire(budget.cores)
     threads = [start(budget, granted, 0)]
     wait_until(lambda: len(budget._waiting) == 1)
     threads.append(start(budget, granted, 1))
@@ -71,7 +71,7 @@ def test_never_more_threads_than_cores_under_load():
         nonlocal running, most
         with budget.share():
             for _ in range(300):
-                threads = budget.acquire()
+                threads = budget.acquire(budget.cores)
                 with lock:
                     running += threads
                     most = max(most, running)
@@ -86,3 +86,54 @@ def test_never_more_threads_than_cores_under_load():
         thread.join(10)
     assert 0 < most <= 3
     assert (running, budget._free, budget._num_sharers, budget._num_leases) == (0, 3, 0, 0)
+
+
+def test_a_pass_that_wants_fewer_threads_leaves_the_cores_to_others():
+    budget = ComputeBudget(4)
+    with budget.share():
+        assert [budget.acquire(1), budget.acquire(4)] == [1, 3]
+
+
+def passes(guard, seconds, count):
+    """Run passes that take `seconds(threads)`; the threads of each."""
+    used = []
+    for _ in range(count):
+        used.append(guard.limit)
+        guard.observe(used[-1], seconds(used[-1]))
+    return used
+
+
+def test_a_new_model_is_measured_with_one_thread_and_then_gets_all():
+    assert passes(StallGuard(4), lambda threads: 1 / threads, 6) == [1, 1, 1, 4, 4, 4]
+
+
+def test_threads_that_stall_are_used_less_and_less():
+    used = passes(StallGuard(2), lambda threads: 1.0 if threads == 1 else 10.0, 2000)
+    assert used.count(2) <= 16
+    assert used[3:6] == [2, 1, 1]
+
+
+def test_all_threads_come_back_when_the_stall_is_over():
+    guard = StallGuard(2)
+    passes(guard, lambda threads: 1.0 if threads == 1 else 10.0, 1000)
+    assert passes(guard, lambda threads: 1 / threads, 600)[-100:] == [2] * 100
+
+
+def test_one_hiccup_costs_two_passes():
+    guard = StallGuard(2)
+    passes(guard, lambda threads: 1 / threads, 100)
+    guard.observe(2, 5.0)
+    assert passes(guard, lambda threads: 1 / threads, 4) == [1, 1, 2, 2]
+
+
+def test_a_pass_that_grows_longer_with_the_context_is_no_stall():
+    guard = StallGuard(2)
+    length = iter(range(10_000))
+    used = passes(guard, lambda threads: (1 + next(length) / 500) / threads, 5000)
+    assert used.count(1) < 250
+
+
+def test_many_cores_are_halved_until_it_helps():
+    used = passes(StallGuard(8), lambda threads: 10.0 if threads > 2 else 1 / threads, 2000)
+    assert used[3:6] == [8, 4, 2]
+    assert used.count(2) > 1800
