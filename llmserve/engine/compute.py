@@ -103,7 +103,7 @@ class StallGuard:
         self._limit = cores  # guarded by _lock
         self._num_limited = 0  # guarded by _lock: passes until the limit is lifted
         self._penalty = _FIRST_PENALTY  # guarded by _lock: passes
-        self._num_good = 0  # guarded by _lock: passes with many threads since the last stall
+        self._num_good = 0  # guarded by _lock: passes without a limit since the last stall
 
     @property
     def limit(self) -> int:
@@ -123,11 +123,9 @@ class StallGuard:
                 self._penalty = min(2 * self._penalty, _LONGEST_PENALTY)
                 self._num_good = 0
                 return
-            else:
-                self._num_good += 1
-                if self._num_good >= _FORGIVEN_AFTER:
-                    self._penalty = _FIRST_PENALTY
             if self._num_limited:
                 self._num_limited -= 1
-                if not self._num_limited:
-                    self._limit = self._cores
+                self._limit = self._limit if self._num_limited else self._cores
+            else:
+                self._num_good += 1
+                self._penalty = _FIRST_PENALTY if self._num_good >= _FORGIVEN_AFTER else self._penalty
