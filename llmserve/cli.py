@@ -18,7 +18,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = config.load(options.config)
-        logging.basicConfig(level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         return int(options.run(settings, options))
     except (ConfigError, ModelFileError) as error:
         print(f"llmserve: {error}", file=sys.stderr)
@@ -55,6 +54,7 @@ def _serve(settings: Config, options: argparse.Namespace) -> int:
 def _pull(settings: Config, options: argparse.Namespace) -> int:
     from llmserve.models import sources
 
+    logging.basicConfig(level=settings.server.log_level.upper(), format="%(message)s")
     specs = [spec for spec in settings.models if not options.models or set(options.models) & set(spec.names)]
     known = {name for spec in settings.models for name in spec.names}
     for name in options.models:

@@ -1,11 +1,13 @@
 """What `gunicorn -c python:llmserve.gunicorn_conf llmserve.wsgi:app` reads: settings are module attributes there."""
 
-import sys
+import sys as _sys
 
-from llmserve import config, server
-from llmserve.errors import ConfigError
+# Under private names: gunicorn would take an attribute named `config` for its setting of that name.
+from llmserve import config as _config
+from llmserve import server as _server
+from llmserve.errors import ConfigError as _ConfigError
 
 try:
-    globals().update(server.settings(config.load()))
-except ConfigError as error:
-    sys.exit(f"llmserve: {error}")
+    globals().update(_server.settings(_config.load()))
+except _ConfigError as error:
+    _sys.exit(f"llmserve: {error}")

@@ -6,6 +6,7 @@ fork, for threads and locks do not survive one. The app ends its answers in orde
 
 from __future__ import annotations
 
+import logging
 import queue
 import signal
 import sys
@@ -63,7 +64,8 @@ class Server(BaseApplication):  # type: ignore[misc]
 
 def _on_starting(config: Config) -> Callable[[Any], None]:
     def on_starting(arbiter: Any) -> None:
-        """Refuse what cannot work or is not safe, in one sentence, before anything listens."""
+        """Refuse what cannot work or is not safe, in one sentence, before anything listens; and say where the log goes."""
+        logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         if arbiter.cfg.workers != 1 or arbiter.cfg.worker_class_str != "gthread":
             sys.exit(
                 "llmserve: it runs in one gthread worker, because the models live in the process: "

@@ -7,7 +7,9 @@ the process that opens it: models/probe.py does that in a child first.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,10 @@ from llmserve.engine.backend import Logits
 GRID = 32
 """The SIMD step of ggml's f16 dot product (GGML_F16_STEP). A row's attention sum runs over the positions up to its chunk's
 end: those in whole steps are summed by the vector loop, the rest by the scalar one, which rounds differently."""
+
+
+_GGML_TURN = threading.Lock()
+"""ggml's code for its older model types has scratch buffers that the whole process shares: one pass at a time."""
 
 
 class CTransformersBackend:
@@ -38,6 +44,7 @@ class CTransformersBackend:
         self._eval = llm.ctransformers_llm_batch_eval
         self._logits_address = llm.ctransformers_llm_logits_data
         self._num_logits = llm.ctransformers_llm_logits_size
+        self._turn = _GGML_TURN if model_type else nullcontext()
         self._one = (ctypes.c_int * 1)()
         self._view: Logits = np.empty(0, dtype=np.float32)
         self._view_of = 0
@@ -51,7 +58,9 @@ class CTransformersBackend:
             buffer[0] = token_ids[0]
         else:
             buffer = (ctypes.c_int * num_tokens)(*token_ids)
-        if not self._eval(buffer, num_tokens, position, num_tokens, threads):
+        with self._turn:
+            done = self._eval(buffer, num_tokens, position, num_tokens, threads)
+        if not done:
             raise RuntimeError("the library could not evaluate the tokens")
 
     def logits(self) -> Logits:
@@ -64,29 +73,23 @@ class CTransformersBackend:
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text by the library's own tokenizer, without BOS."""
-        assert self._llm is not None
-        buffer = (ctypes.c_int * (len(text) + 2))()  # one id per byte at most, and the space that SPM puts in front
-        return buffer[: self._llm.ctransformers_llm_tokenize(text, False, buffer)]  # type: ignore[no-any-return]
+        llm = self._open()
+        buffer = (ctypes.c_int * (len(text) + 4))()  # one id per byte at most, and the "▁" that SPM puts in front
+        return buffer[: llm.ctransformers_llm_tokenize(text, False, buffer)]
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of one token, as the library detokenizes it."""
-        assert self._llm is not None
-        return self._llm.ctransformers_llm_detokenize(token_id)  # type: ignore[no-any-return]
-
-    @property
-    def bos_token_id(self) -> int:
-        assert self._llm is not None
-        return self._llm.bos_token_id  # type: ignore[no-any-return]
-
-    @property
-    def eos_token_id(self) -> int:
-        assert self._llm is not None
-        return self._llm.eos_token_id  # type: ignore[no-any-return]
+        return bytes(self._open().ctransformers_llm_detokenize(token_id))
 
     def close(self) -> None:
         """The library frees the model with the last reference to its object, and these callables hold it by address only."""
         self._view = np.empty(0, dtype=np.float32)
         self._llm = None
+
+    def _open(self) -> LLM:
+        if self._llm is None:
+            raise RuntimeError("the model is closed")
+        return self._llm
 
 
 def _library() -> str | None:

@@ -30,6 +30,7 @@ from llmserve.errors import APIError, EngineFailed, QueueFull, ShuttingDown
 log = logging.getLogger(__name__)
 
 _SECONDS_PER_REQUEST_AT_FIRST = 5.0
+_SHORT_CHUNK = 32  # prompt tokens; about as fast with one thread as a longer one
 _LONGEST_RETRY_AFTER = 60.0  # openai-python does not retry at all when told to wait for more than two minutes
 
 
@@ -275,10 +276,11 @@ class Engine:
                 return logits
 
     def _chunk_end(self, slot: Slot, position: int, num_prompt_tokens: int) -> int:
-        """A long chunk is faster when alone; a short one lets the passes of others in between."""
+        """A long chunk is faster with several threads; a short one lets others, and who wants it cancelled, in between."""
+        alone = self._stall_guard.limit > 1 and not self._budget.contended
+        chunk = self._settings.prefill_chunk if alone else min(self._settings.prefill_chunk, _SHORT_CHUNK)
         grid = slot.backend.grid
-        chunk = grid if self._budget.contended else max(grid, self._settings.prefill_chunk)
-        return min((position + chunk) // grid * grid, num_prompt_tokens)
+        return min((position + max(chunk, grid)) // grid * grid, num_prompt_tokens)
 
     def _forward(self, slot: Slot, job: _Job, token_ids: list[int]) -> Logits:
         """One forward pass within the compute budget, unless nobody wants its result any more."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 
-LONG = " ".join(f"word{number}" for number in range(330))  # about two seconds of prefill
+LONG = " ".join(f"word{number}" for number in range(330))  # a thousand tokens, which take seconds to prefill
 
 
 def send(server, content, *, stream, max_tokens=1000):
@@ -52,7 +52,7 @@ class TestLeaving:
         server.wait_until_idle(MODEL, timeout=1.0)
 
     def test_in_prefill(self, server, stream, leave):
-        connection = send(server, f"{time.time_ns()} {LONG}", stream=stream)
+        connection = send(server, f"{time.time_ns()} {LONG}", stream=stream, max_tokens=100)
         wait_for(server, lambda running, waiting: running == 1)
         leave(connection)
         server.wait_until_idle(MODEL, timeout=1.0)

@@ -28,7 +28,7 @@ def test_an_answer_has_the_real_models_name_and_exact_usage(client):
     assert answer.usage.completion_tokens <= 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     # system prompt of the template and the question, counted with the model's own tokenizer
-    assert answer.usage.prompt_tokens == 32
+    assert answer.usage.prompt_tokens == 33
 
 
 def test_a_stream_assembles_to_the_whole_answer(client):

@@ -51,19 +51,6 @@ def test_more_passes_than_cores_wait_and_are_served_in_order():
         wait_until(lambda: granted == [(0, 1), (1, 1), (2, 1)])
 
 
-def test_a_newcomer_does_not_overtake_those_who_wait():
-    budget, granted = ComputeBudget(1), []
-    budget.acquire(budget.cores)
-    threads = [start(budget, granted, 0)]
-    wait_until(lambda: len(budget._waiting) == 1)
-    threads.append(start(budget, granted, 1))
-    wait_until(lambda: len(budget._waiting) == 2)
-    for _ in range(2):
-        budget.release(1)
-        wait_until(lambda: len(granted) == 2 or len(budget._waiting) == 1)
-    wait_until(lambda: [number for number, _ in granted] == [0, 1])
-
-
 def test_never_more_threads_than_cores_under_load():
     budget, lock, running, most = ComputeBudget(3), threading.Lock(), 0, 0
 

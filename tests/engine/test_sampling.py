@@ -14,7 +14,7 @@ def softmax(logits, temperature=1.0):
     return weights / weights.sum()
 
 
-def frequencies(params, logits, draws=20_000):
+def frequencies(params, logits, draws=8_000):
     sampler = Sampler(params, [])
     return np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=len(logits))
 
@@ -56,7 +56,7 @@ def test_draws_match_the_distribution(case):
 
 def test_draws_match_the_distribution_of_a_vocabulary_of_several_blocks():
     logits = np.random.default_rng(0).normal(0, 2, 700).astype(np.float32)
-    observed = frequencies(SamplingParams(seed=9), logits, draws=60_000)
+    observed = frequencies(SamplingParams(seed=9), logits, draws=20_000)
     groups = np.arange(700) // 20
     probabilities = np.bincount(groups, weights=softmax(logits))
     statistic, degrees = chi_square(np.bincount(groups, weights=observed), probabilities)
@@ -143,8 +143,7 @@ def test_scores_that_are_no_numbers_are_an_error(bad, temperature):
 def test_a_drawn_token_is_always_one_that_the_filters_leave(logits, temperature, top_k, top_p, min_p, seed):
     scores = np.array(logits, dtype=np.float32)
     token_id = Sampler(SamplingParams(temperature, top_p, top_k, min_p, seed=seed), []).sample(scores)
-    rank = int((scores > scores[token_id]).sum())
-    assert not top_k or rank < top_k
-    likelier = softmax(scores, temperature)[scores > scores[token_id]].sum()
-    assert likelier <= top_p + 1e-5
+    likelier = scores > scores[token_id] + np.float32(1e-4) * temperature  # beyond the rounding of exp
+    assert not top_k or likelier.sum() < top_k
+    assert softmax(scores, temperature)[likelier].sum() <= top_p + 1e-4
     assert np.exp((scores[token_id] - scores.max()) / temperature) >= min_p * (1 - 1e-4)

@@ -1,0 +1,354 @@
+"""Tiny real model files with seeded random weights, and broken ones: paths in, files out. Uses nothing of llmserve.
+
+Every valid file is below 2 MB and loads in milliseconds. The rows of control tokens are small, so their logits stay
+near 0, where greedy decoding does not land: a greedy answer ends by its length.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Quantization
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+CONTEXT_LENGTH = 256
+NUM_LAYERS = 2
+NUM_HEADS = 4
+NUM_KV_HEADS = 2
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # tokenizer.ggml.token_type
+
+WORDS = "hello world the river runs to sea and user assistant system what is a poem about stop".split()
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPM_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+Keys = Mapping[str, Any]
+Weights = dict[str, NDArray[np.float32]]
+Changes = Mapping[str, NDArray[Any] | None]
+NONE: Mapping[str, Any] = {}
+
+SCALES: Mapping[Quantization, Mapping[int, float]] = {
+    # For the types that gguf cannot make: float16 values by their offset in a block (ggml's ggml-quants.h), such that
+    # random bits around them give weights of mean 0 and deviation 1/16.
+    Quantization.Q2_K: {80: 5e-3, 82: 7.5e-3},
+    Quantization.Q3_K: {108: 1.5e-3},
+    Quantization.Q4_K: {0: 2.5e-4, 2: 1.9e-3},
+    Quantization.Q5_K: {0: 1.2e-4, 2: 1.9e-3},
+    Quantization.Q6_K: {208: 5e-5},
+    Quantization.IQ4_NL: {0: 1e-3},
+    Quantization.IQ4_XS: {0: 3e-5},
+}
+
+
+def write_llama_spm(
+    path: Path,
+    *,
+    seed: int = 0,
+    quantization: Quantization = Quantization.F32,
+    keys: Keys = NONE,
+    tensors: Changes = NONE,
+) -> Path:
+    """A llama with a SentencePiece vocabulary, as files of 2023 are. ctransformers loads it as it is.
+
+    `keys` and `tensors` replace what the file would hold, or add to it; None leaves the named one out.
+    """
+    tokenizer = _spm_tokenizer()
+    weights = _llama_weights(seed, tokenizer["tokenizer.ggml.token_type"], _width(quantization))
+    hyperparameters = _hyperparameters("llama", _width(quantization), NUM_KV_HEADS)
+    return _write_gguf(path, {**hyperparameters, **tokenizer, **keys}, {**weights, **tensors}, quantization)
+
+
+def write_llama_bpe(
+    path: Path,
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    quantization: Quantization = Quantization.F32,
+    keys: Keys = NONE,
+    tensors: Changes = NONE,
+) -> Path:
+    """A llama with a GPT-2 style vocabulary and, if `tied`, no output.weight, as SmolLM2 is; the rest as above."""
+    tokenizer = _bpe_tokenizer()
+    weights = _llama_weights(seed, tokenizer["tokenizer.ggml.token_type"], _width(quantization))
+    if tied:
+        del weights["output.weight"]
+    hyperparameters = _hyperparameters("llama", _width(quantization), NUM_KV_HEADS)
+    return _write_gguf(path, {**hyperparameters, **tokenizer, **keys}, {**weights, **tensors}, quantization)
+
+
+def write_falcon_bpe(
+    path: Path,
+    *,
+    two_norms: bool = False,
+    seed: int = 0,
+    quantization: Quantization = Quantization.F32,
+    keys: Keys = NONE,
+    tensors: Changes = NONE,
+) -> Path:
+    """A falcon as the 7B is, or as the 40B with `two_norms`; the rest as above."""
+    num_kv_heads = NUM_KV_HEADS if two_norms else 1
+    tokenizer = _bpe_tokenizer()
+    weights = _falcon_weights(seed, tokenizer["tokenizer.ggml.token_type"], _width(quantization), num_kv_heads)
+    if not two_norms:
+        weights = {name: weight for name, weight in weights.items() if "attn_norm_2" not in name}
+    hyperparameters = _hyperparameters("falcon", _width(quantization), num_kv_heads)
+    return _write_gguf(path, {**hyperparameters, **tokenizer, **keys}, {**weights, **tensors}, quantization)
+
+
+def write_ggml_gpt2(path: Path, *, seed: int = 0) -> Path:
+    """A GPT-2 in the format before GGUF (ggml's examples/gpt-2 of 2023): ctransformers loads it with model_type="gpt2"."""
+    width, ftype = 64, 0  # all float32
+    tokens = [*map(_from_byte_level, [*BYTE_LEVEL.values(), *_byte_level_prefixes()]), b"<|endoftext|>"]
+    with path.open("wb") as file:
+        file.write(struct.pack("<4s7i", b"lmgg", len(tokens), CONTEXT_LENGTH, width, NUM_HEADS, NUM_LAYERS, ftype, len(tokens)))
+        for token in tokens:
+            file.write(struct.pack("<i", len(token)) + token)
+        for name, weight in _gpt2_weights(np.random.default_rng(seed), len(tokens), width):
+            file.write(struct.pack("<3i", weight.ndim, len(name), ftype))
+            file.write(struct.pack(f"<{weight.ndim}i", *reversed(weight.shape)) + name.encode() + weight.tobytes())
+    return path
+
+
+def broken_files(folder: Path, good: Path) -> dict[str, Path]:
+    """Files that cannot be served, by what is wrong with them. `good` is a GGUF; its file format is broken in most of them."""
+    data = good.read_bytes()
+    header_size = data.rindex(b".weight")  # up to the last tensor's name
+    contents = {
+        "empty": b"",
+        "text": b"This is not a model.\n" * 100,
+        "html": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
+        "zip": b"PK\x03\x04" + bytes(1000),
+        "half": data[: len(data) // 2],
+        "cut_header": data[: header_size // 2],
+    }
+    contents |= {f"flipped_{seed}": _flip(data, header_size, seed) for seed in range(6)}
+    files = {name: folder / f"{name}.gguf" for name in ("missing", *contents)}
+    for name, content in contents.items():
+        files[name].write_bytes(content)
+    files["architecture"] = write_llama_spm(folder / "architecture.gguf", keys={"general.architecture": "qwen2"})
+    files["quantization"] = write_llama_spm(folder / "quantization.gguf", quantization=Quantization.IQ4_NL)
+    return files
+
+
+def spm_vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and types: control tokens, all bytes, every prefix of each word with its space, and printable ASCII."""
+    prefixes = [f"▁{word}"[:length] for word in WORDS for length in range(2, len(word) + 2)]
+    pieces = list(dict.fromkeys([*prefixes, "▁", *map(chr, range(33, 127))]))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    scores = [0.0] * (len(tokens) - len(pieces)) + [-float(rank) for rank in range(len(pieces))]
+    return tokens, scores, [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(pieces)
+
+
+def bpe_vocabulary() -> tuple[list[str], list[str], list[int]]:
+    """Tokens, merges and types: control tokens, the 256 byte-level characters, and the words, merged from their left ends."""
+    prefixes = _byte_level_prefixes()
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_LEVEL.values(), *prefixes]
+    return tokens, [f"{prefix[:-1]} {prefix[-1]}" for prefix in prefixes], [CONTROL] * 3 + [NORMAL] * (len(tokens) - 3)
+
+
+def _spm_tokenizer() -> dict[str, Any]:
+    tokens, scores, types = spm_vocabulary()
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": SPM_TEMPLATE,
+    }
+
+
+def _bpe_tokenizer() -> dict[str, Any]:
+    tokens, merges, types = bpe_vocabulary()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHATML,
+    }
+
+
+def _byte_level() -> dict[int, str]:
+    """GPT-2's printable character for each byte (encoder.py of openai/gpt-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
+
+
+def _byte_level_prefixes() -> list[str]:
+    words = [f"{BYTE_LEVEL[ord(' ')]}{word}" for word in WORDS]
+    return list(dict.fromkeys(word[:length] for word in words for length in range(2, len(word) + 1)))
+
+
+def _from_byte_level(token: str) -> bytes:
+    byte = {character: byte for byte, character in BYTE_LEVEL.items()}
+    return bytes(byte[character] for character in token)
+
+
+def _hyperparameters(architecture: str, width: int, num_kv_heads: int) -> dict[str, Any]:
+    epsilon = "layer_norm_rms_epsilon" if architecture == "llama" else "layer_norm_epsilon"
+    return {
+        "general.architecture": architecture,
+        "general.name": "tiny",
+        "general.languages": ["en"],
+        f"{architecture}.context_length": CONTEXT_LENGTH,
+        f"{architecture}.embedding_length": width,
+        f"{architecture}.block_count": NUM_LAYERS,
+        f"{architecture}.feed_forward_length": 2 * width,
+        f"{architecture}.attention.head_count": NUM_HEADS,
+        f"{architecture}.attention.head_count_kv": num_kv_heads,
+        f"{architecture}.attention.{epsilon}": 1e-5,
+        f"{architecture}.rope.dimension_count": width // NUM_HEADS,
+        f"{architecture}.rope.freq_base": 10000.0,
+    }
+
+
+def _width(quantization: Quantization) -> int:
+    return max(64, GGML_QUANT_SIZES[quantization][0])  # rows are made of whole blocks
+
+
+def _llama_weights(seed: int, types: list[int], width: int) -> Weights:
+    rng = np.random.default_rng(seed)
+    kv_width = width // NUM_HEADS * NUM_KV_HEADS
+    weights = _embedding_and_head(rng, types, width)
+    for i in range(NUM_LAYERS):
+        weights |= {
+            f"blk.{i}.attn_norm.weight": _norm(rng, width),
+            f"blk.{i}.attn_q.weight": _matrix(rng, width, width),
+            f"blk.{i}.attn_k.weight": _matrix(rng, kv_width, width),
+            f"blk.{i}.attn_v.weight": _matrix(rng, kv_width, width),
+            f"blk.{i}.attn_output.weight": _matrix(rng, width, width),
+            f"blk.{i}.ffn_norm.weight": _norm(rng, width),
+            f"blk.{i}.ffn_gate.weight": _matrix(rng, 2 * width, width),
+            f"blk.{i}.ffn_up.weight": _matrix(rng, 2 * width, width),
+            f"blk.{i}.ffn_down.weight": _matrix(rng, width, 2 * width),
+        }
+    return weights
+
+
+def _falcon_weights(seed: int, types: list[int], width: int, num_kv_heads: int) -> Weights:
+    rng = np.random.default_rng(seed)
+    qkv_width = width // NUM_HEADS * (NUM_HEADS + 2 * num_kv_heads)
+    weights = _embedding_and_head(rng, types, width) | {"output_norm.bias": _bias(rng, width)}
+    for i in range(NUM_LAYERS):
+        weights |= {
+            f"blk.{i}.attn_norm.weight": _norm(rng, width),
+            f"blk.{i}.attn_norm.bias": _bias(rng, width),
+            f"blk.{i}.attn_norm_2.weight": _norm(rng, width),
+            f"blk.{i}.attn_norm_2.bias": _bias(rng, width),
+            f"blk.{i}.attn_qkv.weight": _matrix(rng, qkv_width, width),
+            f"blk.{i}.attn_output.weight": _matrix(rng, width, width),
+            f"blk.{i}.ffn_up.weight": _matrix(rng, 2 * width, width),
+            f"blk.{i}.ffn_down.weight": _matrix(rng, width, 2 * width),
+        }
+    return weights
+
+
+def _gpt2_weights(rng: np.random.Generator, vocab_size: int, width: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield "model/ln_f/g", _norm(rng, width)
+    yield "model/ln_f/b", _bias(rng, width)
+    yield "model/wte", _matrix(rng, vocab_size, width)
+    yield "model/wpe", _matrix(rng, CONTEXT_LENGTH, width)
+    for i in range(NUM_LAYERS):
+        for norm in ("ln_1", "ln_2"):
+            yield f"model/h{i}/{norm}/g", _norm(rng, width)
+            yield f"model/h{i}/{norm}/b", _bias(rng, width)
+        for name, rows, columns in (
+            ("attn/c_attn", 3 * width, width),
+            ("attn/c_proj", width, width),
+            ("mlp/c_fc", 4 * width, width),
+            ("mlp/c_proj", width, 4 * width),
+        ):
+            yield f"model/h{i}/{name}/w", _matrix(rng, rows, columns)
+            yield f"model/h{i}/{name}/b", _bias(rng, rows)
+
+
+def _embedding_and_head(rng: np.random.Generator, types: list[int], width: int) -> Weights:
+    rows = np.where(np.isin(types, (CONTROL, UNKNOWN)), 0.05, 1).astype(np.float32)[:, None]
+    return {
+        "token_embd.weight": rows * _matrix(rng, len(types), width),
+        "output_norm.weight": _norm(rng, width),
+        "output.weight": rows * _matrix(rng, len(types), width) * 4,
+    }
+
+
+def _matrix(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
+    return rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
+
+
+def _norm(rng: np.random.Generator, length: int) -> NDArray[np.float32]:
+    return 1 + _bias(rng, length)
+
+
+def _bias(rng: np.random.Generator, length: int) -> NDArray[np.float32]:
+    return rng.standard_normal(length, dtype=np.float32) / np.float32(10)
+
+
+def _write_gguf(path: Path, keys: Keys, tensors: Changes, quantization: Quantization) -> Path:
+    writer = GGUFWriter(path, keys["general.architecture"])
+    for key, value in keys.items():
+        if value is not None and key != "general.architecture":  # which the writer has put there
+            _add_key(writer, key, value)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            vector_type = Quantization.F16 if tensor.dtype == np.float16 else Quantization.F32
+            _add_tensor(writer, name, tensor, quantization if tensor.ndim == 2 else vector_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        writer.add_uint32(key, value)  # every integer that llama.cpp asks for is one
+    else:
+        writer.add_key_value(key, value, GGUFValueType.get_type(value))
+
+
+def _add_tensor(writer: GGUFWriter, name: str, tensor: NDArray[Any], quantization: Quantization) -> None:
+    data = _random_blocks(tensor, quantization) if quantization in SCALES else quantize(tensor, quantization)
+    writer.add_tensor(name, data, raw_dtype=quantization)
+
+
+def _random_blocks(tensor: NDArray[np.float32], quantization: Quantization) -> NDArray[np.uint8]:
+    """Random bits, seeded by the tensor's values, in the place of its quantized values."""
+    block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+    rng = np.random.default_rng(np.frombuffer(tensor[0].tobytes(), np.uint32))
+    blocks = rng.integers(0, 256, (tensor.size // block_size, block_bytes), dtype=np.uint8)
+    for offset, scale in SCALES[quantization].items():
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return blocks.reshape(len(tensor), -1)
+
+
+def _flip(data: bytes, header_size: int, seed: int) -> bytes:
+    """Twenty inverted bytes at random places of the header."""
+    flipped = bytearray(data)
+    for position in random.Random(seed).sample(range(header_size), 20):
+        flipped[position] ^= 0xFF
+    return bytes(flipped)
