@@ -6,6 +6,7 @@ each other down thirtyfold. Every pass therefore leases its threads here first.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -87,12 +88,15 @@ _FORGIVEN_AFTER = 16  # good passes
 
 
 class StallGuard:
-    """How many threads a model's decode passes should use at most, learned from how long they take. Thread-safe.
+    """How many threads a model's decode passes should use at most while other programs want cores too. Thread-safe.
 
     Threads help only while each has a core to itself. When another program takes one, the others spin until it is given
-    back, and a pass takes many times as long as it would with a single thread. So the time of single-threaded passes is
-    the measure: a pass that took well over it has stalled, and the next ones use half as many threads; how many passes do
-    so doubles with every stall that follows soon, up to a bound, and one pass then tries again.
+    back, and a pass takes many times as long as it would with a single thread. Two things tell:
+
+    - What else is runnable when a pass ends. Whoever reads the answer has long gone back to sleep by then, so what is seen
+      in two passes running is a program at work, and its cores are left to it.
+    - How long a pass took. One that took longer than a single-threaded one has stalled: the next ones use half as many
+      threads. How many passes do so doubles with every stall that follows soon, up to a bound; then one tries again.
     """
 
     def __init__(self, cores: int) -> None:
@@ -104,24 +108,22 @@ class StallGuard:
         self._num_limited = 0  # guarded by _lock: passes until the limit is lifted
         self._penalty = _FIRST_PENALTY  # guarded by _lock: passes
         self._num_good = 0  # guarded by _lock: passes without a limit since the last stall
+        self._free_cores = (cores, cores)  # guarded by _lock: left by other programs, in the last two passes
 
     @property
     def limit(self) -> int:
         """Most threads of the next pass."""
         with self._lock:
-            return 1 if self._num_calibrating else self._limit
+            return 1 if self._num_calibrating else max(1, min(self._limit, max(self._free_cores)))
 
-    def observe(self, threads: int, seconds: float) -> None:
-        """Learn from a decode pass."""
+    def observe(self, threads: int, seconds: float, free_cores: int) -> None:
+        """Learn from a decode pass, and from the number of cores that nobody else wanted when it ended."""
         with self._lock:
+            self._free_cores = (self._free_cores[1], free_cores)
             if threads == 1:
-                weight = 1.0 if self._num_calibrating == _CALIBRATING_PASSES else 0.2
-                self._single_seconds += weight * (seconds - self._single_seconds)
-                self._num_calibrating = max(0, self._num_calibrating - 1)
+                self._note_single(seconds)
             elif seconds > _STALLED * self._single_seconds:
-                self._limit, self._num_limited = threads // 2, self._penalty
-                self._penalty = min(2 * self._penalty, _LONGEST_PENALTY)
-                self._num_good = 0
+                self._note_stall(threads)
                 return
             if self._num_limited:
                 self._num_limited -= 1
@@ -129,3 +131,26 @@ class StallGuard:
             else:
                 self._num_good += 1
                 self._penalty = _FIRST_PENALTY if self._num_good >= _FORGIVEN_AFTER else self._penalty
+
+    def _note_single(self, seconds: float) -> None:
+        weight = 1.0 if self._num_calibrating == _CALIBRATING_PASSES else 0.2
+        self._single_seconds += weight * (seconds - self._single_seconds)
+        self._num_calibrating = max(0, self._num_calibrating - 1)
+
+    def _note_stall(self, threads: int) -> None:
+        self._limit, self._num_limited = threads // 2, self._penalty
+        self._penalty = min(2 * self._penalty, _LONGEST_PENALTY)
+        self._num_good = 0
+
+
+def count_free_cores(cores: int) -> int:
+    """Cores of the machine that no thread but the caller's wants at this moment, `cores` where the system does not tell.
+
+    From the number of runnable threads in /proc/loadavg (proc(5)), which counts the whole machine, like `os.cpu_count`.
+    """
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            num_runnable = int(file.read().split()[3].partition(b"/")[0])
+    except (OSError, ValueError, IndexError):
+        return cores
+    return (os.cpu_count() or cores) - (num_runnable - 1)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from llmserve.engine import slots
 from llmserve.engine.backend import Backend, Logits
 from llmserve.engine.chat_template import ChatTemplate
-from llmserve.engine.compute import ComputeBudget, StallGuard
+from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
 from llmserve.engine.generation import ChoiceEnd, Delta, Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import Slot
@@ -290,8 +290,9 @@ class Engine:
                 raise _Cancelled
             begun = self._clock()
             logits = slot.forward(token_ids, threads)
-            if len(token_ids) == 1:
-                self._stall_guard.observe(threads, self._clock() - begun)
+            if len(token_ids) == 1 and not self._budget.contended:  # else the other passes' threads would be counted
+                cores = self._budget.cores
+                self._stall_guard.observe(threads, self._clock() - begun, count_free_cores(cores))
             return logits
         finally:
             self._budget.release(threads)

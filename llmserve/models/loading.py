@@ -106,10 +106,13 @@ class Prepared:
 
 
 def _num_cores() -> int:
-    """Cores this process may run on, which is less than the machine's in a container that says so."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use: less than the machine's where its affinity or its control group says so (cgroups(7), cpu.max)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
 
 
 def _gguf_facts(spec: ModelSpec, path: Path) -> _Facts:

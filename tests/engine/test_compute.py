@@ -1,8 +1,9 @@
+import os
 import threading
 
 import pytest
 
-from llmserve.engine.compute import ComputeBudget, StallGuard
+from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
 
 
 def start(budget, granted, number):
@@ -86,7 +87,7 @@ def passes(guard, seconds, count):
     used = []
     for _ in range(count):
         used.append(guard.limit)
-        guard.observe(used[-1], seconds(used[-1]))
+        guard.observe(used[-1], seconds(used[-1]), free_cores=guard._cores)
     return used
 
 
@@ -109,7 +110,7 @@ def test_all_threads_come_back_when_the_stall_is_over():
 def test_one_hiccup_costs_two_passes():
     guard = StallGuard(2)
     passes(guard, lambda threads: 1 / threads, 100)
-    guard.observe(2, 5.0)
+    guard.observe(2, 5.0, free_cores=2)
     assert passes(guard, lambda threads: 1 / threads, 4) == [1, 1, 2, 2]
 
 
@@ -124,3 +125,17 @@ def test_many_cores_are_halved_until_it_helps():
     used = passes(StallGuard(8), lambda threads: 10.0 if threads > 2 else 1 / threads, 2000)
     assert used[3:6] == [8, 4, 2]
     assert used.count(2) > 1800
+
+
+def test_cores_that_other_programs_keep_busy_are_left_to_them():
+    guard = StallGuard(4)
+    passes(guard, lambda threads: 1 / threads, 10)
+    limits = []
+    for free_cores in (4, 3, 4, 3, 3, 2, 2, -5, -5, 4):
+        guard.observe(guard.limit, 1 / guard.limit, free_cores)
+        limits.append(guard.limit)
+    assert limits == [4, 4, 4, 4, 3, 3, 2, 2, 1, 4]
+
+
+def test_free_cores_are_those_of_the_machine_less_what_runs():
+    assert count_free_cores(2) <= os.cpu_count()
