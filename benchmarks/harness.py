@@ -43,7 +43,7 @@ class Server:
         finally:
             connection.close()
 
-    def wait(self, path: str, timeout: float = 600) -> float:
+    def wait(self, path: str, timeout: float = 120) -> float:
         """Poll until `path` answers 200; the seconds since the process was started."""
         deadline = time.perf_counter() + timeout
         while time.perf_counter() < deadline:
@@ -51,7 +51,8 @@ class Server:
                 if self.get(path)[0] == 200:
                     return time.perf_counter() - self.started
             except (OSError, http.client.HTTPException):
-                pass
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the server ended with status {self.process.returncode}") from None
             time.sleep(0.002)
         raise TimeoutError(f"{path} did not answer 200 within {timeout} s")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.exceptions import MethodNotAllowed as WrongMethod
 from werkzeug.exceptions import NotFound
+from werkzeug.http import HTTP_STATUS_CODES
 
 from llmserve import config as configuration
 from llmserve.api import chat
@@ -72,12 +73,13 @@ class App:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = Request(environ)
         response = self._respond(request)
-        response.call_on_close(partial(_log, request, response.status_code))
-        body, status, headers = response.get_wsgi_response(environ)
-        headers += self._access.headers(request)
+        response.call_on_close(partial(_log, request, response.status))
+        headers = response.headers + self._access.headers(request)
         headers += [("X-Request-Id", request.id), ("openai-processing-ms", str(round(_elapsed_ms(request))))]
-        start_response(status, headers)
-        return body
+        start_response(f"{response.status} {HTTP_STATUS_CODES.get(response.status, '')}", headers)
+        if request.method == "HEAD":
+            response.body = []
+        return response
 
     def start(self) -> None:
         """Begin to load the startup models; returns at once."""
@@ -97,7 +99,7 @@ class App:
             request.record.error = error.code
             return error_response(error)
         except ClientGone:
-            return Response(status=_CLIENT_CLOSED_REQUEST)
+            return Response([], _CLIENT_CLOSED_REQUEST, [("Content-Length", "0")])
         except Exception:
             log.exception("%s %s %s broke", request.id, request.method, _printable(request.path))
             return error_response(internal_error())

@@ -34,7 +34,7 @@ class Follower(threading.Thread):
         self.flowing = threading.Event()
 
     def run(self):
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nCache-Control: no-store\r\n"
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {len(self.payload)}\r\n\r\n".encode() + self.payload)
             while piece := connection.recv(65536):

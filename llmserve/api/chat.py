@@ -1,0 +1,157 @@
+"""POST /v1/chat/completions: parse, look into the cache or submit, follow, render."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from llmserve import response_cache
+from llmserve.api import body, render, schema
+from llmserve.api.connection import LOOK_INTERVAL, Watch
+from llmserve.api.context import Context, Request
+from llmserve.api.fields import JSON
+from llmserve.api.responses import DONE, HeaderList, Response, event_stream, frame, json_response
+from llmserve.api.schema import ChatRequest
+from llmserve.engine.generation import Event, Failed, Generation, GenerationParams, SamplingParams
+from llmserve.errors import ContextLengthExceeded
+from llmserve.response_cache import Answer
+
+if TYPE_CHECKING:
+    from llmserve.engine.engine import Engine
+
+_LARGEST_REMEMBERED_BODY = 8192  # bytes
+_MAX_IGNORED_NAMES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedChat:
+    """All that a body says, whatever model answers it. `key` lacks only the model; None is an answer that chance decides."""
+
+    request: ChatRequest
+    messages: list[JSON]
+    sampling: SamplingParams
+    key: bytes | None
+    headers: HeaderList
+
+
+def parse(data: bytes) -> ParsedChat:
+    """Raises InvalidRequest. Depends on nothing but the bytes, so what it returns may be remembered and shared."""
+    chat, ignored = schema.parse_chat(body.parse_object(data))
+    messages = [message.for_template() for message in chat.messages]
+    sampling = chat.sampling()
+    key = response_cache.key(sampling, "chat", messages, chat.token_limit, chat.n, chat.stop_strings)
+    return ParsedChat(chat, messages, sampling, key, [("X-LLMServe-Ignored", _listing(ignored))] if ignored else [])
+
+
+def create(ctx: Context, request: Request) -> Response:
+    """Answer a chat, whole or as a stream."""
+    server = ctx.config.server
+    data = body.read(request, server.max_body_size)
+    parsed = ctx.parse_chat(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data)
+    model_id = ctx.registry.resolve(parsed.request.model).id
+    request.record.model = model_id
+    watch = Watch(request.environ, request.received + server.request_timeout)
+    answer = _open(ctx, request, parsed, model_id, watch)
+    try:
+        batches = _follow(answer, watch, request)
+        headers = _headers(answer) + parsed.headers
+        chat, head = parsed.request, _head(parsed.request, model_id)
+        if chat.stream:
+            # Waits for the first event or a moment of silence: an engine that fails at once still gets its status, and
+            # a client that has to wait still gets its headers.
+            first = next(batches)
+            chunks = render.ChunkStream(head, chat.n, chat.include_usage)
+            response = event_stream(request, _writes(chunks, chain([first], batches)), headers, server.ping_interval)
+        else:
+            events = list(chain.from_iterable(batches))
+            response = json_response(render.completion(head, chat.n, events), headers=headers)
+    except BaseException:
+        answer.close()
+        raise
+    response.call_on_close(answer.close)  # also closes a stream that is never read, whose `finally` would never run
+    return response
+
+
+def _open(ctx: Context, request: Request, parsed: ParsedChat, model_id: str, watch: Watch) -> Answer:
+    """The answer, remembered or begun. All that a client can do wrong has been found when this returns."""
+    directives = request.environ.get("HTTP_CACHE_CONTROL", "").lower()
+    no_store = "no-store" in directives
+    with ctx.registry.use(model_id, watch) as engine:
+        answer = ctx.cache.open(
+            parsed.key and parsed.key + engine.info.identity.encode(),
+            lambda: _submit(engine, parsed),
+            may_lookup=not no_store and "no-cache" not in directives,
+            may_store=not no_store,
+        )
+    request.record.cache = answer.outcome
+    return answer
+
+
+def _submit(engine: Engine, parsed: ParsedChat) -> Generation:
+    chat = parsed.request
+    prompt_ids = engine.tokenizer.encode(engine.chat_template.render(parsed.messages))
+    max_tokens = _max_tokens(chat.token_limit, len(prompt_ids), engine.context_length)
+    return engine.submit(prompt_ids, GenerationParams(max_tokens, chat.n, chat.stop_strings, parsed.sampling))
+
+
+def _max_tokens(limit: int | None, num_prompt_tokens: int, context_length: int) -> int:
+    """What one choice may take: what was asked for, else what the prompt leaves. Raises ContextLengthExceeded."""
+    if num_prompt_tokens > context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context_length} tokens. However, your messages resulted in "
+            f"{num_prompt_tokens} tokens. Please reduce the length of the messages.",
+            param="messages",
+        )
+    num_left = context_length - num_prompt_tokens
+    wanted = limit or max(num_left, 1)
+    if wanted > num_left:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context_length} tokens. However, you requested "
+            f"{num_prompt_tokens + wanted} tokens ({num_prompt_tokens} in the messages, {wanted} in the completion). "
+            "Please reduce the length of the messages or completion.",
+            param="messages",
+        )
+    return wanted
+
+
+def _follow(answer: Answer, watch: Watch, request: Request) -> Iterator[list[Event]]:
+    """The events in batches as they come, an empty batch after each LOOK_INTERVAL of silence. Raises what ends them early."""
+    while not answer.ended:
+        events = answer.read(LOOK_INTERVAL)
+        if not answer.ended:
+            watch()
+        request.record.observe(events, time.monotonic() - request.received)
+        if events and isinstance(events[-1], Failed):
+            yield events[:-1]
+            raise events[-1].error
+        yield events
+
+
+def _writes(chunks: render.ChunkStream, batches: Iterator[list[Event]]) -> Iterator[bytes]:
+    """What is to be written at once: the roles with the first batch, [DONE] with the last."""
+    payloads = chunks.begin()
+    for events in batches:
+        payloads += chunks.add(events)
+        yield b"".join(map(frame, payloads)) + (DONE if chunks.ended else b"")
+        payloads = []
+
+
+def _head(chat: ChatRequest, model_id: str) -> render.Head:
+    tier = "default" if chat.service_tier is not None else None
+    return render.Head(f"chatcmpl-{os.urandom(12).hex()}", int(time.time()), model_id, tier)
+
+
+def _headers(answer: Answer) -> HeaderList:
+    headers = [("X-Cache", str(answer.outcome))]
+    return headers if answer.age is None else [*headers, ("Age", str(int(answer.age)))]
+
+
+def _listing(names: list[str]) -> str:
+    """Names that a client made up, in a form and number that fit a header."""
+    shown = [re.sub(r"[^\w.\[\]-]", "?", name[:64], flags=re.ASCII) for name in names[:_MAX_IGNORED_NAMES]]
+    return ", ".join(shown + ["..."] * (len(names) > _MAX_IGNORED_NAMES))

@@ -1,0 +1,345 @@
+"""Parsers of JSON values, made to be composed: a value and its path in, the checked value or OpenAI's words for what is wrong out.
+
+Knows JSON and the wording of OpenAI's errors; knows no endpoint. A parser is a value that says what it takes, so what
+checks a request can describe it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+from llmserve.errors import InvalidParameter
+
+JSON = Any
+_LONGEST_ECHO = 64  # characters of a client's value that an error repeats
+
+
+class Parser(Protocol):
+    """Checks one JSON value. Immutable: all threads share it."""
+
+    @property
+    def noun(self) -> str:
+        """What it takes, as an error names it: "a string"."""
+        ...
+
+    def accepts(self, value: JSON) -> bool:
+        """Whether the value's type is right."""
+        ...
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        """The checked value. Raises InvalidParameter; adds the paths of fields that nothing knows to `ignored`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class String:
+    min_length: int = 0
+    max_length: int | None = None
+    noun: ClassVar[str] = "a string"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, str)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> str:
+        _check_type(self, value, path)
+        _check_length(path, "a string", len(value), self.min_length, self.max_length)
+        return str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """Written without a fraction: 1.0 is not one, nor is true."""
+
+    minimum: int
+    maximum: int
+    noun: ClassVar[str] = "an integer"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> int:
+        _check_type(self, value, path)
+        _check_range(path, "integer", value, self.minimum, self.maximum)
+        return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    minimum: float
+    maximum: float
+    noun: ClassVar[str] = "a decimal"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> float:
+        _check_type(self, value, path)
+        _check_range(path, "decimal", value, self.minimum, self.maximum)
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Boolean:
+    noun: ClassVar[str] = "a boolean"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, bool)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> bool:
+        _check_type(self, value, path)
+        return bool(value)
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of a few strings."""
+
+    values: tuple[str, ...]
+    noun: ClassVar[str] = "a string"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, str)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> str:
+        _check_type(self, value, path)
+        if value not in self.values:
+            raise _unknown_value(path, value, self.values)
+        return str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    item: Parser
+    min_length: int = 0
+    max_length: int | None = None
+
+    @property
+    def noun(self) -> str:
+        return f"an array of {self.item.noun.partition(' ')[2]}s"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, list)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> tuple[Any, ...]:
+        _check_type(self, value, path)
+        _check_length(path, "an array", len(value), self.min_length, self.max_length)
+        return tuple(self.item.parse(item, f"{path}[{index}]", ignored) for index, item in enumerate(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Any object; its members are not looked at."""
+
+    noun: ClassVar[str] = "an object"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, dict)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> dict[str, JSON]:
+        _check_type(self, value, path)
+        return dict(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """An object whose values are strings."""
+
+    max_properties: int
+    key: String
+    value: String
+    noun: ClassVar[str] = "an object"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, dict)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> dict[str, str]:
+        _check_type(self, value, path)
+        if len(value) > self.max_properties:
+            most, got = f"an object with at most {self.max_properties} properties", f"an object with {len(value)} properties"
+            raise _invalid(path, "object_above_max_properties", "too many properties", most, got)
+        return {
+            self.key.parse(name, path, ignored): self.value.parse(item, f"{path}.{_echo(name)}", ignored)
+            for name, item in value.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Nullable:
+    """Null is a value of its own here, where it otherwise is the same as a field that is not there."""
+
+    parser: Parser
+
+    @property
+    def noun(self) -> str:
+        return self.parser.noun
+
+    def accepts(self, value: JSON) -> bool:
+        return value is None or self.parser.accepts(value)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        return None if value is None else self.parser.parse(value, path, ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """One of two types."""
+
+    first: Parser
+    second: Parser
+
+    @property
+    def noun(self) -> str:
+        return f"one of {self.first.noun} or {self.second.noun.partition(' ')[2]}"
+
+    def accepts(self, value: JSON) -> bool:
+        return self.first.accepts(value) or self.second.accepts(value)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        _check_type(self, value, path)
+        return (self.first if self.first.accepts(value) else self.second).parse(value, path, ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A known parameter that cannot be honoured: only the values that ask for nothing are taken."""
+
+    parser: Parser
+    harmless: tuple[JSON, ...] = ()
+
+    @property
+    def noun(self) -> str:
+        return self.parser.noun
+
+    def accepts(self, value: JSON) -> bool:
+        return self.parser.accepts(value)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> None:
+        self.parser.parse(value, path, ignored)
+        if value not in self.harmless:
+            raise InvalidParameter(
+                f"Unsupported parameter: '{path}' is not supported by this server.", param=path, code="unsupported_parameter"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Struct:
+    """An object parsed into a dataclass, whose fields are made with `required` and `optional`."""
+
+    cls: type
+    noun: ClassVar[str] = "an object"
+    _parsers: Mapping[str, Parser] = field(init=False, repr=False)
+    _required: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        declared = fields(self.cls)
+        object.__setattr__(self, "_parsers", {each.name: each.metadata["parser"] for each in declared})
+        object.__setattr__(self, "_required", tuple(each.name for each in declared if each.default is MISSING))
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, dict)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        _check_type(self, value, path)
+        prefix = f"{path}." if path else ""
+        values = {}
+        for name, item in value.items():
+            parser = self._parsers.get(name)
+            if parser is None:
+                if item is not None:
+                    ignored.append(prefix + name)
+            elif item is not None or parser.accepts(None):
+                values[name] = parser.parse(item, prefix + name, ignored)
+        for name in self._required:
+            if name not in values:
+                raise missing(prefix + name)
+        return self.cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Objects of several kinds, told apart by the string in `tag`."""
+
+    tag: str
+    kinds: Mapping[str, Parser]
+    noun: ClassVar[str] = "an object"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, dict)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        _check_type(self, value, path)
+        kind = value.get(self.tag)
+        tag_path = f"{path}.{self.tag}" if path else self.tag
+        if kind is None:
+            raise missing(tag_path)
+        if not isinstance(kind, str):
+            raise _invalid_type(tag_path, "a string", kind)
+        if kind not in self.kinds:
+            raise _unknown_value(tag_path, kind, tuple(self.kinds))
+        return self.kinds[kind].parse(value, path, ignored)
+
+
+def required(parser: Parser) -> Any:
+    """A field that must be there."""
+    return field(metadata={"parser": parser})
+
+
+def optional(parser: Parser, default: Any = None) -> Any:
+    """A field that may be left out or null."""
+    return field(default=default, metadata={"parser": parser})
+
+
+def missing(path: str) -> InvalidParameter:
+    return InvalidParameter(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
+
+
+def _check_type(parser: Parser, value: JSON, path: str) -> None:
+    if not parser.accepts(value):
+        raise _invalid_type(path, parser.noun, value)
+
+
+def _check_length(path: str, noun: str, length: int, minimum: int, maximum: int | None) -> None:
+    kind = noun.partition(" ")[2]
+    if length < minimum:
+        raise _invalid(path, f"empty_{kind}", f"empty {kind}", f"{noun} with minimum length {minimum}", f"an empty {kind}")
+    if maximum is not None and length > maximum:
+        most, got = f"{noun} with maximum length {maximum}", f"{noun} with length {length}"
+        raise _invalid(path, f"{kind}_above_max_length", f"{kind} too long", most, got)
+
+
+def _check_range(path: str, kind: str, value: float, minimum: float, maximum: float) -> None:
+    if value < minimum:
+        code, what, expected = f"{kind}_below_min_value", f"{kind} below minimum value", f"a value >= {minimum}"
+    elif value > maximum:
+        code, what, expected = f"{kind}_above_max_value", f"{kind} above maximum value", f"a value <= {maximum}"
+    else:
+        return
+    raise _invalid(path, code, what, expected, _echo(value))
+
+
+def _invalid(path: str, code: str, what: str, expected: str, got: str) -> InvalidParameter:
+    return InvalidParameter(f"Invalid '{path}': {what}. Expected {expected}, but got {got} instead.", param=path, code=code)
+
+
+def _invalid_type(path: str, expected: str, value: JSON) -> InvalidParameter:
+    message = f"Invalid type for '{path}': expected {expected}, but got {_type_name(value)} instead."
+    return InvalidParameter(message, param=path, code="invalid_type")
+
+
+def _unknown_value(path: str, value: str, supported: tuple[str, ...]) -> InvalidParameter:
+    *rest, last = (f"'{each}'" for each in supported)
+    listing = f"{', '.join(rest)}{',' * (len(rest) > 1)} and {last}" if rest else last
+    message = f"Invalid value: '{_echo(value)}'. Supported values are: {listing}."
+    return InvalidParameter(message, param=path, code="invalid_value")
+
+
+def _echo(value: JSON) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}..."
+
+
+def _type_name(value: JSON) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")

@@ -1,0 +1,289 @@
+"""The shapes of requests: JSON of a body in, frozen structs out, or a 400 that names the parameter.
+
+A struct's fields have the names of the wire; its methods give what the engine understands. Knows no HTTP and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmserve.api.fields import (
+    JSON,
+    Array,
+    Boolean,
+    Either,
+    Integer,
+    Nullable,
+    Number,
+    Object,
+    OneOf,
+    String,
+    Strings,
+    Struct,
+    Tagged,
+    Unsupported,
+    optional,
+    required,
+)
+from llmserve.engine.generation import SamplingParams
+from llmserve.errors import InvalidParameter, InvalidRequest
+
+_MAX_DEPTH = 64  # of arrays and objects in each other
+_INT32_MAX = 2**31 - 1
+_MAX_STOP_STRINGS = 16
+
+
+def _refuse_constant(name: str) -> JSON:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart:
+    type: str = required(String())
+    text: str = required(String())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalPart:
+    type: str = required(String())
+    refusal: str = required(String())
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+_TEXT = Either(String(), Array(Tagged("type", {"text": Struct(TextPart)})))
+_ASSISTANT_CONTENT = Either(String(), Array(Tagged("type", {"text": Struct(TextPart), "refusal": Struct(RefusalPart)})))
+
+Content = str | tuple[TextPart | RefusalPart, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionCall:
+    name: str = required(String())
+    arguments: str = required(String())
+
+    def for_template(self) -> dict[str, JSON]:
+        """The arguments as the object they spell: templates expect one. Text that spells none stays text."""
+        try:
+            arguments = parse_json(self.arguments)
+        except ValueError:
+            arguments = self.arguments
+        return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else self.arguments}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    type: str = optional(OneOf(("function",)), "function")
+    id: str = required(String())
+    function: FunctionCall = required(Struct(FunctionCall))
+
+    def for_template(self) -> dict[str, JSON]:
+        return {"id": self.id, "type": "function", "function": self.function.for_template()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemMessage:
+    """From the developer: the current name of the same role."""
+
+    role: str = required(String())
+    content: Content = required(Nullable(_TEXT))
+    name: str | None = optional(String())
+
+    def for_template(self) -> dict[str, JSON]:
+        return _named({"role": "system", "content": _text(self.content)}, self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserMessage:
+    role: str = required(String())
+    content: Content = required(Nullable(_TEXT))
+    name: str | None = optional(String())
+
+    def for_template(self) -> dict[str, JSON]:
+        return _named({"role": "user", "content": _text(self.content)}, self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssistantMessage:
+    role: str = required(String())
+    content: Content = optional(_ASSISTANT_CONTENT)
+    refusal: str | None = optional(String())
+    name: str | None = optional(String())
+    tool_calls: tuple[ToolCall, ...] = optional(Array(Struct(ToolCall)), ())
+    function_call: None = optional(Unsupported(Object()))
+    audio: None = optional(Unsupported(Object()))
+
+    def for_template(self) -> dict[str, JSON]:
+        message = _named({"role": "assistant", "content": _text(self.content) or self.refusal or ""}, self.name)
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolMessage:
+    role: str = required(String())
+    content: Content = required(Nullable(_TEXT))
+    tool_call_id: str = required(String(min_length=1))
+    name: str | None = optional(String())
+
+    def for_template(self) -> dict[str, JSON]:
+        message = {"role": "tool", "content": _text(self.content), "tool_call_id": self.tool_call_id}
+        return _named(message, self.name)
+
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+
+_MESSAGE = Tagged(
+    "role",
+    {
+        "system": Struct(SystemMessage),
+        "developer": Struct(SystemMessage),
+        "user": Struct(UserMessage),
+        "assistant": Struct(AssistantMessage),
+        "tool": Struct(ToolMessage),
+    },
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    include_usage: bool = optional(Boolean(), False)
+    include_obfuscation: bool = optional(Boolean(), False)  # padding against eavesdroppers: none is ever sent
+
+
+_RESPONSE_FORMAT = Tagged("type", dict.fromkeys(("text", "json_object", "json_schema"), Object()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """The body of POST /v1/chat/completions: what is honoured, what is only checked, what is refused."""
+
+    model: str = required(String())
+    messages: tuple[Message, ...] = required(Array(_MESSAGE, min_length=1))
+    max_completion_tokens: int | None = optional(Integer(1, _INT32_MAX))
+    max_tokens: int | None = optional(Integer(1, _INT32_MAX))
+    n: int = optional(Integer(1, 128), 1)
+    stop: str | tuple[str, ...] = optional(Either(String(1), Array(String(1), max_length=_MAX_STOP_STRINGS)), ())
+    stream: bool = optional(Boolean(), False)
+    stream_options: StreamOptions | None = optional(Struct(StreamOptions))
+    seed: int | None = optional(Integer(-(2**63), 2**63 - 1))
+    temperature: float = optional(Number(0, 2), 1.0)
+    top_p: float = optional(Number(0, 1), 1.0)
+    top_k: int = optional(Integer(-1, _INT32_MAX), 0)
+    min_p: float = optional(Number(0, 1), 0.0)
+    presence_penalty: float = optional(Number(-2, 2), 0.0)
+    frequency_penalty: float = optional(Number(-2, 2), 0.0)
+    repetition_penalty: float = optional(Number(0.01, 2), 1.0)
+
+    user: str | None = optional(String())
+    safety_identifier: str | None = optional(String())
+    prompt_cache_key: str | None = optional(String())
+    prompt_cache_retention: str | None = optional(OneOf(("in_memory", "in-memory", "24h")))
+    prompt_cache_options: dict[str, JSON] | None = optional(Object())
+    metadata: dict[str, str] | None = optional(Strings(16, String(max_length=64), String(max_length=512)))
+    store: bool = optional(Boolean(), False)
+    service_tier: str | None = optional(OneOf(("auto", "default", "flex", "scale", "priority", "fast")))
+    prediction: dict[str, JSON] | None = optional(Object())
+    parallel_tool_calls: bool = optional(Boolean(), True)
+    reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
+    verbosity: str | None = optional(OneOf(("low", "medium", "high")))
+
+    logprobs: None = optional(Unsupported(Boolean(), (False,)))
+    top_logprobs: None = optional(Unsupported(Integer(0, 20), (0,)))
+    logit_bias: None = optional(Unsupported(Object(), ({},)))
+    response_format: None = optional(Unsupported(_RESPONSE_FORMAT, ({"type": "text"},)))
+    tools: None = optional(Unsupported(Array(Object()), ([],)))
+    tool_choice: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
+    functions: None = optional(Unsupported(Array(Object()), ([],)))
+    function_call: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
+    modalities: None = optional(Unsupported(Array(OneOf(("text", "audio"))), (["text"],)))
+    audio: None = optional(Unsupported(Object()))
+    web_search_options: None = optional(Unsupported(Object()))
+    moderation: None = optional(Unsupported(Object()))
+
+    PARSER: ClassVar[Struct]
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens of one choice; None is what the context leaves."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+ChatRequest.PARSER = Struct(ChatRequest)
+
+
+def parse_chat(body: dict[str, JSON]) -> tuple[ChatRequest, list[str]]:
+    """A checked chat request, and the paths of the fields that nothing knows. Raises InvalidRequest."""
+    if body.get("model") is None:
+        raise InvalidRequest("you must provide a model parameter")
+    ignored: list[str] = []
+    chat: ChatRequest = ChatRequest.PARSER.parse(body, "", ignored)
+    if chat.stream_options is not None and not chat.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise InvalidParameter(message, param="stream_options", code=None)
+    return chat, ignored
+
+
+def parse_json(text: str) -> JSON:
+    """JSON that can be worked with: ValueError for what is malformed, NaN, nested too deeply, or not encodable as UTF-8."""
+    try:
+        value = _DECODE(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        _check_depth(value)
+    if "\\u" in text:  # the escape of half a surrogate pair makes a string that no tokenizer takes
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _check_depth(value: JSON) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [item for each in level if isinstance(each, list | dict) for item in _members(each)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
+def _members(value: list[JSON] | dict[str, JSON]) -> list[JSON]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _text(content: Content) -> str:
+    """One string: templates want no parts. Parts stay apart by a line break."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content)
+
+
+def _named(message: dict[str, JSON], name: str | None) -> dict[str, JSON]:
+    return message if name is None else message | {"name": name}
