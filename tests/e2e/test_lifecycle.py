@@ -52,7 +52,7 @@ def test_broken_model_files_are_refused_with_the_reason_while_another_stream_run
     files = broken_files(tmp_path, good)
     tables = "".join(harness.table(id=f"broken/{name}", source=str(path), load="on_demand") for name, path in files.items())
     with harness.llmserve(harness.model_table() + tables) as server:
-        follower = Follower(server.port, max_tokens=1800)
+        follower = Follower(server.port, max_tokens=900)
         follower.start()
         assert follower.flowing.wait(30)
         reasons = {}
