@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,55 @@ SCALES: Mapping[Quantization, Mapping[int, float]] = {
     Quantization.Q6_K: {208: 5e-5},
     Quantization.IQ4_NL: {0: 1e-3},
     Quantization.IQ4_XS: {0: 3e-5},
+}
+
+
+@dataclass(frozen=True)
+class GGMLLayout:
+    """Hyperparameters in order, and tensors as NAME:SHAPE of rows and columns, lengths being (v)ocabulary, (c)ontext or widths."""
+
+    header: str
+    tensors: str
+    layer: str
+    layer_tensors: str
+    scores: bool = False
+
+
+_GPT_2 = GGMLLayout(
+    "vocab context width heads layers ftype vocab",
+    "model/ln_f/g:1 model/ln_f/b:1 model/wte:v1 model/wpe:c1",
+    "model/h{}/",
+    "ln_1/g:1 ln_1/b:1 ln_2/g:1 ln_2/b:1 attn/c_attn/w:31 attn/c_attn/b:3 attn/c_proj/w:11 attn/c_proj/b:1 "
+    "mlp/c_fc/w:41 mlp/c_fc/b:4 mlp/c_proj/w:14 mlp/c_proj/b:1",
+)
+_GPT_NEOX = GGMLLayout(
+    "vocab context width heads layers rotary parallel ftype",
+    "gpt_neox.embed_in.weight:v1 gpt_neox.final_layer_norm.weight:1 gpt_neox.final_layer_norm.bias:1 embed_out.weight:v1",
+    "gpt_neox.layers.{}.",
+    "input_layernorm.weight:1 input_layernorm.bias:1 post_attention_layernorm.weight:1 post_attention_layernorm.bias:1 "
+    "attention.query_key_value.weight:31 attention.query_key_value.bias:3 attention.dense.weight:11 attention.dense.bias:1 "
+    "mlp.dense_h_to_4h.weight:41 mlp.dense_h_to_4h.bias:4 mlp.dense_4h_to_h.weight:14 mlp.dense_4h_to_h.bias:1",
+)
+_MPT = GGMLLayout(
+    "width context heads layers vocab alibi clip ftype",
+    "transformer.wte.weight:v1 transformer.norm_f.weight:1",
+    "transformer.blocks.{}.",
+    "norm_1.weight:1 attn.Wqkv.weight:31 attn.out_proj.weight:11 norm_2.weight:1 ffn.up_proj.weight:41 ffn.down_proj.weight:14",
+)
+GGML_LAYOUTS = {
+    "dolly": _GPT_NEOX,
+    "gpt2": _GPT_2,
+    "gpt_neox": _GPT_NEOX,
+    "gptj": GGMLLayout(
+        "vocab context width heads layers rotary ftype vocab",
+        "transformer.wte.weight:v1 transformer.ln_f.weight:1 transformer.ln_f.bias:1 lm_head.weight:v1 lm_head.bias:v",
+        "transformer.h.{}.",
+        "ln_1.weight:1 ln_1.bias:1 attn.q_proj.weight:11 attn.k_proj.weight:11 attn.v_proj.weight:11 attn.out_proj.weight:11 "
+        "mlp.fc_in.weight:41 mlp.fc_in.bias:4 mlp.fc_out.weight:14 mlp.fc_out.bias:1",
+    ),
+    "mpt": _MPT,
+    "replit": replace(_MPT, header="width context heads layers vocab ftype", scores=True),
+    "starcoder": _GPT_2,
 }
 
 
@@ -109,15 +159,24 @@ def write_falcon_bpe(
 
 
 def write_ggml_gpt2(path: Path, *, seed: int = 0) -> Path:
-    """A GPT-2 in the format before GGUF (ggml's examples/gpt-2 of 2023): ctransformers loads it with model_type="gpt2"."""
-    width, ftype = 64, 0  # all float32
-    tokens = [*map(_from_byte_level, [*BYTE_LEVEL.values(), *_byte_level_prefixes()]), b"<|endoftext|>"]
+    """A GPT-2 in the format before GGUF: ctransformers loads it with model_type="gpt2"."""
+    return write_ggml(path, "gpt2", seed=seed)
+
+
+def write_ggml(path: Path, model_type: str, *, seed: int = 0) -> Path:
+    """A model in the format before GGUF (ggml's examples of mid-2023), which does not say of which type it is."""
+    layout = GGML_LAYOUTS[model_type]
+    tokens = _ggml_tokens(model_type)
+    sizes = {"vocab": len(tokens), "context": CONTEXT_LENGTH, "width": 64, "heads": NUM_HEADS, "layers": NUM_LAYERS}
+    sizes |= {"rotary": 64 // NUM_HEADS, "parallel": 1, "clip": 0, "ftype": 0}  # ftype 0: all float32
     with path.open("wb") as file:
-        file.write(struct.pack("<4s7i", b"lmgg", len(tokens), CONTEXT_LENGTH, width, NUM_HEADS, NUM_LAYERS, ftype, len(tokens)))
-        for token in tokens:
-            file.write(struct.pack("<i", len(token)) + token)
-        for name, weight in _gpt2_weights(np.random.default_rng(seed), len(tokens), width):
-            file.write(struct.pack("<3i", weight.ndim, len(name), ftype))
+        file.write(b"lmgg")
+        for name in layout.header.split():
+            file.write(struct.pack("<f", 8.0) if name == "alibi" else struct.pack("<i", sizes[name]))
+        for rank, token in enumerate(tokens):
+            file.write(struct.pack("<i", len(token)) + token + (struct.pack("<f", -rank) if layout.scores else b""))
+        for name, weight in _ggml_weights(layout, np.random.default_rng(seed), len(tokens)):
+            file.write(struct.pack("<3i", weight.ndim, len(name), 0))
             file.write(struct.pack(f"<{weight.ndim}i", *reversed(weight.shape)) + name.encode() + weight.tobytes())
     return path
 
@@ -268,23 +327,26 @@ def _falcon_weights(seed: int, types: list[int], width: int, num_kv_heads: int) 
     return weights
 
 
-def _gpt2_weights(rng: np.random.Generator, vocab_size: int, width: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    yield "model/ln_f/g", _norm(rng, width)
-    yield "model/ln_f/b", _bias(rng, width)
-    yield "model/wte", _matrix(rng, vocab_size, width)
-    yield "model/wpe", _matrix(rng, CONTEXT_LENGTH, width)
-    for i in range(NUM_LAYERS):
-        for norm in ("ln_1", "ln_2"):
-            yield f"model/h{i}/{norm}/g", _norm(rng, width)
-            yield f"model/h{i}/{norm}/b", _bias(rng, width)
-        for name, rows, columns in (
-            ("attn/c_attn", 3 * width, width),
-            ("attn/c_proj", width, width),
-            ("mlp/c_fc", 4 * width, width),
-            ("mlp/c_proj", width, 4 * width),
-        ):
-            yield f"model/h{i}/{name}/w", _matrix(rng, rows, columns)
-            yield f"model/h{i}/{name}/b", _bias(rng, rows)
+def _ggml_tokens(model_type: str) -> list[bytes]:
+    """The vocabulary in the spelling of each type's converter."""
+    tokens = [*map(_from_byte_level, [*BYTE_LEVEL.values(), *_byte_level_prefixes()]), b"<|endoftext|>"]
+    if model_type == "mpt":  # a character for each byte
+        return [token.decode("latin-1").encode() for token in tokens]
+    if model_type == "replit":
+        return [token.replace(b" ", "▁".encode()) for token in tokens]
+    return tokens
+
+
+def _ggml_weights(layout: GGMLLayout, rng: np.random.Generator, vocab_size: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    sizes = {"v": vocab_size, "c": CONTEXT_LENGTH, "1": 64, "3": 3 * 64, "4": 4 * 64}
+    layers = [f"{layout.layer.format(i)}{tensor}" for i in range(NUM_LAYERS) for tensor in layout.layer_tensors.split()]
+    for tensor in (*layout.tensors.split(), *layers):
+        name, _, shape = tensor.partition(":")
+        lengths = [sizes[letter] for letter in shape]
+        if len(lengths) == 2:
+            yield name, _matrix(rng, *lengths)
+        else:
+            yield name, (_bias if name.endswith(("/b", "bias")) else _norm)(rng, *lengths)
 
 
 def _embedding_and_head(rng: np.random.Generator, types: list[int], width: int) -> Weights:
