@@ -56,7 +56,10 @@ SCALES: Mapping[Quantization, Mapping[int, float]] = {
 
 @dataclass(frozen=True)
 class GGMLLayout:
-    """Hyperparameters in order, and tensors as NAME:SHAPE of rows and columns, lengths being (v)ocabulary, (c)ontext or widths."""
+    """Hyperparameters in order, and tensors as NAME:SHAPE, of the model and of each layer.
+
+    A shape is of rows and columns, each v(ocabulary), c(ontext) or so many widths.
+    """
 
     header: str
     tensors: str
@@ -163,19 +166,22 @@ def write_ggml_gpt2(path: Path, *, seed: int = 0) -> Path:
     return write_ggml(path, "gpt2", seed=seed)
 
 
-def write_ggml(path: Path, model_type: str, *, seed: int = 0) -> Path:
-    """A model in the format before GGUF (ggml's examples of mid-2023), which does not say of which type it is."""
+def write_ggml(path: Path, model_type: str, *, seed: int = 0, **changes: int) -> Path:
+    """A model in the format before GGUF (ggml's examples of mid-2023), which does not say of which type it is.
+
+    `changes` replace hyperparameters, named as in `GGMLLayout`.
+    """
     layout = GGML_LAYOUTS[model_type]
     tokens = _ggml_tokens(model_type)
     sizes = {"vocab": len(tokens), "context": CONTEXT_LENGTH, "width": 64, "heads": NUM_HEADS, "layers": NUM_LAYERS}
-    sizes |= {"rotary": 64 // NUM_HEADS, "parallel": 1, "clip": 0, "ftype": 0}  # ftype 0: all float32
+    sizes |= {"rotary": 64 // NUM_HEADS, "parallel": 1, "clip": 0, "ftype": 0, **changes}  # ftype 0: all float32
     with path.open("wb") as file:
         file.write(b"lmgg")
         for name in layout.header.split():
             file.write(struct.pack("<f", 8.0) if name == "alibi" else struct.pack("<i", sizes[name]))
         for rank, token in enumerate(tokens):
             file.write(struct.pack("<i", len(token)) + token + (struct.pack("<f", -rank) if layout.scores else b""))
-        for name, weight in _ggml_weights(layout, np.random.default_rng(seed), len(tokens)):
+        for name, weight in _ggml_weights(layout, np.random.default_rng(seed), sizes):
             file.write(struct.pack("<3i", weight.ndim, len(name), 0))
             file.write(struct.pack(f"<{weight.ndim}i", *reversed(weight.shape)) + name.encode() + weight.tobytes())
     return path
@@ -337,12 +343,14 @@ def _ggml_tokens(model_type: str) -> list[bytes]:
     return tokens
 
 
-def _ggml_weights(layout: GGMLLayout, rng: np.random.Generator, vocab_size: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    sizes = {"v": vocab_size, "c": CONTEXT_LENGTH, "1": 64, "3": 3 * 64, "4": 4 * 64}
-    layers = [f"{layout.layer.format(i)}{tensor}" for i in range(NUM_LAYERS) for tensor in layout.layer_tensors.split()]
+def _ggml_weights(
+    layout: GGMLLayout, rng: np.random.Generator, sizes: Mapping[str, int]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    widths = {str(factor): factor * sizes["width"] for factor in (1, 3, 4)}
+    layers = [f"{layout.layer.format(i)}{tensor}" for i in range(sizes["layers"]) for tensor in layout.layer_tensors.split()]
     for tensor in (*layout.tensors.split(), *layers):
         name, _, shape = tensor.partition(":")
-        lengths = [sizes[letter] for letter in shape]
+        lengths = [{"v": sizes["vocab"], "c": sizes["context"], **widths}[letter] for letter in shape]
         if len(lengths) == 2:
             yield name, _matrix(rng, *lengths)
         else:

@@ -251,7 +251,7 @@ def test_slots_together_never_use_more_threads_than_cores(engine_of):
     generations = [engine.submit([number], GenerationParams(max_tokens=40)) for number in range(8)]
     for generation in generations:
         list(generation.events(TIMEOUT))
-    assert 1 < state["most"] <= 3
+    assert 0 < state["most"] <= 3
 
 
 def test_concurrent_greedy_answers_equal_sequential_ones(engine_of):
