@@ -23,6 +23,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from llmserve.config import ModelSpec
+from llmserve.engine import memory
 from llmserve.engine.statistics import Statistics, StatisticsCounter
 from llmserve.errors import APIError, MemoryBudgetExceeded, ModelFileError, ModelLoadFailed, ModelNotFound, ShuttingDown
 
@@ -287,6 +288,7 @@ class ModelRegistry:
             self._condition.notify_all()
         if entry.engine is not engine:
             engine.close()
+        memory.trim()
 
     def _open(self, entry: _Entry) -> Engine:
         """Prepare the model, make room for it, open it."""
@@ -366,6 +368,7 @@ class ModelRegistry:
         while not engine.drain(_POLL) and self._closing is None:
             pass
         engine.close()
+        memory.trim()
 
     def _wait_for_quiet(self, entry: _Entry) -> None:
         """Wait until nobody loads, unloads or swaps the model. Caller holds the lock. Raises ShuttingDown."""

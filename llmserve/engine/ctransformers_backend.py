@@ -1,20 +1,25 @@
-"""The ctransformers library behind the `Backend` protocol. The only module that imports it.
+"""The ctransformers library behind the `Backend` protocol. The only module that knows it.
 
 Its llama.cpp is of September 2023; models/adapt.py makes files it can run and refuses the others. A broken file kills
 the process that opens it: models/probe.py does that in a child first.
+
+Its C interface is called directly (declared in the project's models/llm.cc), not through its Python package: importing that
+imports a download client too, which costs 0.2 s and 13 MB, and asking it for its library costs another second.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.util
+import platform
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from ctransformers.lib import find_library
-from ctransformers.llm import LLM, Config
 
 from llmserve.engine.backend import Logits
 
@@ -22,13 +27,41 @@ GRID = 32
 """The SIMD step of ggml's f16 dot product (GGML_F16_STEP). A row's attention sum runs over the positions up to its chunk's
 end: those in whole steps are summed by the vector loop, the rest by the scalar one, which rounds differently."""
 
-
 _GGML_TURN = threading.Lock()
 """ggml's code for its older model types has scratch buffers that the whole process shares: one pass at a time."""
 
+_INTS = ctypes.POINTER(ctypes.c_int)
+_MODEL = ctypes.c_void_p
+
+
+class _Config(ctypes.Structure):
+    """A 0 context length is the library's default; weights are mapped, not read."""
+
+    _fields_ = (
+        ("context_length", ctypes.c_int),
+        ("gpu_layers", ctypes.c_int),
+        ("mmap", ctypes.c_bool),
+        ("mlock", ctypes.c_bool),
+    )
+
+
+_FUNCTIONS = {
+    "create": ([ctypes.c_char_p, ctypes.c_char_p, _Config], _MODEL),  # path, model type
+    "delete": ([_MODEL], None),
+    "tokenize": ([_MODEL, ctypes.c_char_p, ctypes.c_bool, _INTS], ctypes.c_int),  # text, add BOS, ids out
+    "detokenize": ([_MODEL, ctypes.c_int], ctypes.c_char_p),
+    "eos_token_id": ([_MODEL], ctypes.c_int),
+    "vocab_size": ([_MODEL], ctypes.c_int),
+    "context_length": ([_MODEL], ctypes.c_int),
+    # ids, their number, position, batch size, threads
+    "batch_eval": ([_MODEL, _INTS, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int], ctypes.c_bool),
+    "logits_data": ([_MODEL], ctypes.c_void_p),
+    "logits_size": ([_MODEL], ctypes.c_int),
+}
+
 
 class CTransformersBackend:
-    """One ctransformers model object: a KV cache over weights that all objects of one file share through mmap.
+    """One model object of the library: a KV cache over weights that all objects of one file share through mmap.
 
     Not thread-safe, as `Backend` says; `tokenize` and `piece` touch only the vocabulary, but share a buffer with each other.
     """
@@ -37,13 +70,13 @@ class CTransformersBackend:
 
     def __init__(self, path: Path, context_length: int, model_type: str = "") -> None:
         """Raises RuntimeError when the library refuses the file; may kill the process when the file is broken."""
-        llm = LLM(str(path), model_type or None, config=Config(context_length=context_length), lib=_library())
-        self._llm: LLM | None = llm
-        self.vocab_size: int = llm.vocab_size
-        self.context_length: int = llm.context_length
-        self._eval = llm.ctransformers_llm_batch_eval
-        self._logits_address = llm.ctransformers_llm_logits_data
-        self._num_logits = llm.ctransformers_llm_logits_size
+        self._library = _library()
+        config = _Config(context_length=context_length, mmap=True)
+        self._model: int | None = self._call("create", str(path).encode(), (model_type or "gguf").encode(), config)
+        if self._model is None:
+            raise RuntimeError("the library refuses it")
+        self.vocab_size: int = self._call("vocab_size", self._model)
+        self.context_length: int = self._call("context_length", self._model)
         self._turn = _GGML_TURN if model_type else nullcontext()
         self._one = (ctypes.c_int * 1)()
         self._view: Logits = np.empty(0, dtype=np.float32)
@@ -59,52 +92,74 @@ class CTransformersBackend:
         else:
             buffer = (ctypes.c_int * num_tokens)(*token_ids)
         with self._turn:
-            done = self._eval(buffer, num_tokens, position, num_tokens, threads)
+            done = self._call("batch_eval", self._open(), buffer, num_tokens, position, num_tokens, threads)
         if not done:
             raise RuntimeError("the library could not evaluate the tokens")
 
     def logits(self) -> Logits:
         """A view of the library's own buffer, made again only when the buffer has moved."""
-        address = ctypes.addressof(self._logits_address().contents)
+        address = self._call("logits_data", self._open())
         if address != self._view_of:
-            self._view = np.ctypeslib.as_array((ctypes.c_float * self._num_logits()).from_address(address))
+            size = self._call("logits_size", self._open())
+            self._view = np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
             self._view_of = address
         return self._view
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text by the library's own tokenizer, without BOS."""
-        llm = self._open()
         buffer = (ctypes.c_int * (len(text) + 4))()  # one id per byte at most, and the "▁" that SPM puts in front
-        return buffer[: llm.ctransformers_llm_tokenize(text, False, buffer)]
+        return buffer[: self._call("tokenize", self._open(), text, False, buffer)]
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of one token, as the library detokenizes it."""
-        return bytes(self._open().ctransformers_llm_detokenize(token_id))
+        return bytes(self._call("detokenize", self._open(), token_id))
+
+    @property
+    def eos_token_id(self) -> int:
+        return int(self._call("eos_token_id", self._open()))
 
     def close(self) -> None:
-        """The library frees the model with the last reference to its object, and these callables hold it by address only."""
-        self._view = np.empty(0, dtype=np.float32)
-        self._llm = None
+        if self._model is not None:
+            self._view = np.empty(0, dtype=np.float32)
+            self._call("delete", self._model)
+            self._model = None
 
-    def _open(self) -> LLM:
-        if self._llm is None:
+    def _open(self) -> int:
+        if self._model is None:
             raise RuntimeError("the model is closed")
-        return self._llm
+        return self._model
+
+    def _call(self, name: str, *arguments: object) -> Any:
+        return self._library[name](*arguments)
 
 
-def _library() -> str | None:
-    """The build for this CPU, or None to let the library find out: it asks py-cpuinfo, which takes a second."""
-    try:
-        flags = _cpu_flags()
-    except OSError:
-        return None
-    if "avx2" in flags and "fma" in flags and "f16c" in flags:
-        return find_library("avx2")  # type: ignore[no-any-return]
-    return find_library("avx" if "avx" in flags and "f16c" in flags else "basic")  # type: ignore[no-any-return]
+@functools.cache
+def _library() -> dict[str, ctypes._NamedFuncPointer]:
+    """The library's functions by name, of the build for this CPU."""
+    package = importlib.util.find_spec("ctransformers")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError("ctransformers is not installed")
+    folder = Path(package.submodule_search_locations[0]) / "lib" / _build()
+    name = {"Darwin": "libctransformers.dylib", "Windows": "ctransformers.dll"}.get(platform.system(), "libctransformers.so")
+    library = ctypes.CDLL(str(folder / name))
+    functions = {}
+    for function, (arguments, result) in _FUNCTIONS.items():
+        functions[function] = getattr(library, f"ctransformers_llm_{function}")
+        functions[function].argtypes, functions[function].restype = arguments, result
+    return functions
+
+
+def _build() -> str:
+    """The folder of the build that uses what this CPU has."""
+    flags = _cpu_flags()
+    if {"avx2", "fma", "f16c"} <= flags:
+        return "avx2"
+    return "avx" if {"avx", "f16c"} <= flags else "basic"
 
 
 def _cpu_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("flags"):
-            return set(line.split())
-    raise OSError("/proc/cpuinfo names no flags")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux; every x86 machine of the last ten years has them, and no other has
+        return {"avx2", "fma", "f16c"} if platform.machine().lower() in ("x86_64", "amd64") else set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Ids
 from copy import copy
 from dataclasses import dataclass
 
-from llmserve.engine import memory, slots
+from llmserve.engine import slots
 from llmserve.engine.backend import Backend, Logits
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
@@ -166,7 +166,6 @@ class Engine:
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
-        memory.trim()
 
     def _is_empty(self) -> bool:
         self._drop_cancelled()

@@ -17,7 +17,7 @@ from llmserve.errors import ModelFileError
 from llmserve.models.files import fingerprint, identity, publish, workspace
 
 
-ADAPTER_VERSION = 1
+ADAPTER_VERSION = 2
 """Goes up when `adapt` begins to write other files than before."""
 
 Shape = tuple[int, ...]
@@ -301,8 +301,10 @@ def _changed(gguf: GGUFFile, adaptation: Adaptation) -> GGUFFile:
 
 
 def _placeholder_tokenizer(vocab_size: int) -> dict[str, tuple[Value, ValueType]]:
-    """The least that the library can load: it looks for the newline token at once."""
-    tokens = ("<0x0A>", *map(str, range(1, vocab_size)))
+    """The least that the library can load. It looks for the newline token at once; of equal texts its table keeps one, and
+    every slot has such a table.
+    """
+    tokens = ("<0x0A>", *["?"] * (vocab_size - 1))
     return {
         "tokenizer.ggml.model": ("llama", ValueType.STRING),
         "tokenizer.ggml.tokens": (tokens, ValueType.STRING),
