@@ -160,7 +160,7 @@ class Gate:
 
 
 def _unknown_url(request: Request) -> UnknownURL:
-    return UnknownURL(f"Unknown request URL: {request.method} {request.path[:200]}. GET / lists the URLs that this server has.")
+    return UnknownURL(f"Unknown request URL: {request.method} {request.path}. GET / lists the URLs that this server has.")
 
 
 def _log(request: Request, status: int) -> None:

@@ -51,17 +51,22 @@ class _Flight:
 
     key: bytes | None
     store: bool
-    readers: int = 1
+    readers: int = 0
     generation: Generation | None = None
     error: BaseException | None = None
     ended: bool = False
     settled: threading.Event = field(default_factory=threading.Event)  # `generation` or `error` is there
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
+    """A remembered answer. `rendering` and `num_bytes` are guarded by the cache's lock."""
+
+    key: bytes
     generation: Generation  # ended well
     stored_at: float
+    num_bytes: int
+    rendering: Any = None
 
 
 class ResponseCache:
@@ -75,6 +80,13 @@ class ResponseCache:
         self._entries: LRU[bytes, _Entry] = LRU(config.max_entries, config.max_bytes)  # guarded by _lock
         self._flights: dict[bytes, _Flight] = {}  # guarded by _lock; those that may be joined
 
+    def find(self, key: bytes | None) -> Answer | None:
+        """The answer remembered for `key`, if there is one. The caller closes it."""
+        if key is None:
+            return None
+        with self._lock:
+            return self._replay(key)
+
     def open(
         self, key: bytes | None, start: Callable[[], Generation], *, may_lookup: bool = True, may_store: bool = True
     ) -> Answer:
@@ -83,34 +95,32 @@ class ResponseCache:
         `start` is called without the lock, and once for all who ask for the same at the same time: if it raises, it
         raises for each of them. Without a key, or with the cache off, every request begins its own.
         """
-        if key is None or not self._enabled:
-            return self._begin(_Flight(None, store=False), start, Outcome.BYPASS)
-        if not may_lookup:
-            return self._begin(_Flight(key, store=may_store), start, Outcome.BYPASS)
+        if key is None or not self._enabled or not may_lookup:
+            return self._begin(_Flight(key, store=may_store, readers=1), start, Outcome.BYPASS)
         with self._lock:
-            entry = self._fresh_entry(key)
-            if entry is not None:
-                return Answer(self, None, entry.generation, Outcome.HIT, self._clock() - entry.stored_at)
+            if (answer := self._replay(key)) is not None:
+                return answer
             flight = self._flights.get(key)
-            if flight is not None and _joinable(flight):
-                flight.readers += 1
-                joined = True
-            else:
+            if flight is None or not _joinable(flight):
                 flight = self._flights[key] = _Flight(key, store=may_store)
-                joined = False
-        return self._join(flight) if joined else self._begin(flight, start, Outcome.MISS)
+            flight.readers += 1
+            first = flight.readers == 1
+        return self._begin(flight, start, Outcome.MISS) if first else self._join(flight)
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
 
-    def _fresh_entry(self, key: bytes) -> _Entry | None:
+    def _replay(self, key: bytes) -> Answer | None:
         """Caller holds the lock."""
         entry = self._entries.get(key)
-        if entry is not None and self._clock() - entry.stored_at > self._max_age:
+        if entry is None:
+            return None
+        age = self._clock() - entry.stored_at
+        if age > self._max_age:
             self._entries.evict(key)
             return None
-        return entry
+        return Answer(self, None, entry.generation, Outcome.HIT, age, entry)
 
     def _begin(self, flight: _Flight, start: Callable[[], Generation], outcome: Outcome) -> Answer:
         try:
@@ -143,8 +153,15 @@ class ResponseCache:
             flight.ended = True
             self._land(flight)
             if flight.store and flight.key is not None and flight.generation is not None and isinstance(last, GenerationEnd):
-                entry = _Entry(flight.generation, self._clock())
-                self._entries.put(flight.key, entry, _size(flight.generation))
+                entry = _Entry(flight.key, flight.generation, self._clock(), _size(flight.generation))
+                self._entries.put(flight.key, entry, entry.num_bytes)
+
+    def _keep(self, entry: _Entry, rendering: Any, num_bytes: int) -> None:
+        with self._lock:
+            if entry.rendering is None and self._entries.get(entry.key) is entry:
+                entry.rendering = rendering
+                entry.num_bytes += num_bytes
+                self._entries.put(entry.key, entry, entry.num_bytes)
 
     def _leave(self, flight: _Flight) -> None:
         """A reader is done; the last one before the end cancels the generation."""
@@ -165,7 +182,13 @@ class Answer:
     """One client's reading of a generation, from its first event on. Not thread-safe: the request's thread owns it."""
 
     def __init__(
-        self, cache: ResponseCache, flight: _Flight | None, generation: Generation, outcome: Outcome, age: float | None = None
+        self,
+        cache: ResponseCache,
+        flight: _Flight | None,
+        generation: Generation,
+        outcome: Outcome,
+        age: float | None = None,
+        entry: _Entry | None = None,
     ) -> None:
         self.outcome = outcome
         self.age = age  # seconds since it was remembered; None when it was not
@@ -173,7 +196,18 @@ class Answer:
         self._cache = cache
         self._flight = flight
         self._generation = generation
+        self._entry = entry
         self._cursor = 0
+
+    @property
+    def rendering(self) -> Any:
+        """What `keep` was given when this answer was repeated before, else None."""
+        return self._entry and self._entry.rendering
+
+    def keep(self, rendering: Any, num_bytes: int) -> None:
+        """Remember with a repeated answer what was made of it, of this size, so that it need not be made again."""
+        if self._entry is not None:
+            self._cache._keep(self._entry, rendering, num_bytes)
 
     def read(self, timeout: float) -> list[Event]:
         """The next events; waits up to `timeout` seconds for the first. Empty: silence, or the answer has ended."""

@@ -68,14 +68,14 @@ class Access:
             return
         name = _host_name(header)
         if not is_loopback(name) and name not in self._hosts:
-            raise ForbiddenHost(f"The host '{name[:100]}' is not served here; server.allowed_hosts can name it.")
+            raise ForbiddenHost(f"The host '{name}' is not served here; server.allowed_hosts can name it.")
 
     def _check_origin(self, request: Request) -> None:
         origin = request.environ.get("HTTP_ORIGIN")
         if origin is None or request.method in _SAFE_METHODS or self._knows(origin):
             return
         if origin.partition("://")[2].lower() != request.environ.get("HTTP_HOST", "").lower():
-            raise ForbiddenOrigin(f"Pages of '{origin[:100]}' may not call this server; server.cors_origins can name it.")
+            raise ForbiddenOrigin(f"Pages of '{origin}' may not call this server; server.cors_origins can name it.")
 
     def _check_key(self, request: Request) -> None:
         scheme, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")

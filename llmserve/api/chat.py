@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING
 from llmserve import response_cache
 from llmserve.api import body, render, schema
 from llmserve.api.connection import LOOK_INTERVAL, Watch
-from llmserve.api.context import Context, Request
+from llmserve.api.context import Context, Request, unique
 from llmserve.api.fields import JSON
-from llmserve.api.responses import DONE, HeaderList, Response, event_stream, frame, json_response
+from llmserve.api.render import ChunkStream, Tally
+from llmserve.api.responses import DONE, HeaderList, Response, encode, encoded_response, event_stream, frame
 from llmserve.api.schema import ChatRequest
-from llmserve.engine.generation import Event, Failed, Generation, GenerationParams, SamplingParams
+from llmserve.engine.generation import Delta, Event, Failed, Generation, GenerationParams, SamplingParams
 from llmserve.errors import ContextLengthExceeded
 from llmserve.response_cache import Answer
 
@@ -39,6 +39,14 @@ class ParsedChat:
     headers: HeaderList
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendering:
+    """What is kept with a remembered answer for those who want it whole."""
+
+    rest: bytes
+    tally: Tally
+
+
 def parse(data: bytes) -> ParsedChat:
     """Raises InvalidRequest. Depends on nothing but the bytes, so what it returns may be remembered and shared."""
     chat, ignored = schema.parse_chat(body.parse_object(data))
@@ -53,23 +61,26 @@ def create(ctx: Context, request: Request) -> Response:
     server = ctx.config.server
     data = body.read(request, server.max_body_size)
     parsed = ctx.parse_chat(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data)
-    model_id = ctx.registry.resolve(parsed.request.model).id
+    chat = parsed.request
+    model_id = ctx.registry.resolve(chat.model).id
     request.record.model = model_id
     watch = Watch(request.environ, request.received + server.request_timeout)
     answer = _open(ctx, request, parsed, model_id, watch)
+    request.record.cache = answer.outcome
     try:
         batches = _follow(answer, watch, request)
         headers = _headers(answer) + parsed.headers
-        chat, head = parsed.request, _head(parsed.request, model_id)
         if chat.stream:
             # Waits for the first event or a moment of silence: an engine that fails at once still gets its status, and
             # a client that has to wait still gets its headers.
-            first = next(batches)
-            chunks = render.ChunkStream(head, chat.n, chat.include_usage)
-            response = event_stream(request, _writes(chunks, chain([first], batches)), headers, server.ping_interval)
+            batches = chain([next(batches)], batches)
+            chunks = ChunkStream(_head(parsed, model_id, "chat.completion.chunk"), chat.n, chat.include_usage)
+            request.record.tally = chunks.tally
+            response = event_stream(request, _writes(chunks, batches), headers, server.ping_interval)
         else:
-            events = list(chain.from_iterable(batches))
-            response = json_response(render.completion(head, chat.n, events), headers=headers)
+            head = encode(_head(parsed, model_id, "chat.completion"))
+            rest = _rest(request, parsed, answer, batches)
+            response = encoded_response(head[:-1] + b"," + rest[1:], headers=headers)
     except BaseException:
         answer.close()
         raise
@@ -80,16 +91,17 @@ def create(ctx: Context, request: Request) -> Response:
 def _open(ctx: Context, request: Request, parsed: ParsedChat, model_id: str, watch: Watch) -> Answer:
     """The answer, remembered or begun. All that a client can do wrong has been found when this returns."""
     directives = request.environ.get("HTTP_CACHE_CONTROL", "").lower()
-    no_store = "no-store" in directives
+    may_store = "no-store" not in directives
+    may_lookup = may_store and "no-cache" not in directives
+    if may_lookup and (answer := ctx.cache.find(_key(parsed, ctx.registry.identity(model_id)))) is not None:
+        return answer
     with ctx.registry.use(model_id, watch) as engine:
-        answer = ctx.cache.open(
-            parsed.key and parsed.key + engine.info.identity.encode(),
-            lambda: _submit(engine, parsed),
-            may_lookup=not no_store and "no-cache" not in directives,
-            may_store=not no_store,
-        )
-    request.record.cache = answer.outcome
-    return answer
+        key = _key(parsed, engine.info.identity)
+        return ctx.cache.open(key, lambda: _submit(engine, parsed), may_lookup=may_lookup, may_store=may_store)
+
+
+def _key(parsed: ParsedChat, identity: str | None) -> bytes | None:
+    return None if parsed.key is None or identity is None else parsed.key + identity.encode()
 
 
 def _submit(engine: Engine, parsed: ParsedChat) -> Generation:
@@ -125,14 +137,28 @@ def _follow(answer: Answer, watch: Watch, request: Request) -> Iterator[list[Eve
         events = answer.read(LOOK_INTERVAL)
         if not answer.ended:
             watch()
-        request.record.observe(events, time.monotonic() - request.received)
+        if request.record.ttft is None and events and isinstance(events[0], Delta):
+            request.record.ttft = time.monotonic() - request.received
         if events and isinstance(events[-1], Failed):
-            yield events[:-1]
+            if events[:-1]:
+                yield events[:-1]
             raise events[-1].error
         yield events
 
 
-def _writes(chunks: render.ChunkStream, batches: Iterator[list[Event]]) -> Iterator[bytes]:
+def _rest(request: Request, parsed: ParsedChat, answer: Answer, batches: Iterator[list[Event]]) -> bytes:
+    """The JSON of a whole answer but for its head. A repeated answer is rendered once; its length then costs nothing more."""
+    rendering: _Rendering | None = answer.rendering
+    if rendering is None:
+        tally = Tally()
+        rest = render.completion(parsed.request.n, chain.from_iterable(batches), tally)
+        rendering = _Rendering(encode(rest), tally)
+        answer.keep(rendering, len(rendering.rest))
+    request.record.tally = rendering.tally
+    return rendering.rest
+
+
+def _writes(chunks: ChunkStream, batches: Iterator[list[Event]]) -> Iterator[bytes]:
     """What is to be written at once: the roles with the first batch, [DONE] with the last."""
     payloads = chunks.begin()
     for events in batches:
@@ -141,9 +167,10 @@ def _writes(chunks: render.ChunkStream, batches: Iterator[list[Event]]) -> Itera
         payloads = []
 
 
-def _head(chat: ChatRequest, model_id: str) -> render.Head:
-    tier = "default" if chat.service_tier is not None else None
-    return render.Head(f"chatcmpl-{os.urandom(12).hex()}", int(time.time()), model_id, tier)
+def _head(parsed: ParsedChat, model_id: str, kind: str) -> dict[str, JSON]:
+    """What an answer, or each of its chunks, begins with."""
+    head = {"id": f"chatcmpl-{unique()}", "object": kind, "created": int(time.time()), "model": model_id}
+    return head if parsed.request.service_tier is None else head | {"service_tier": "default"}
 
 
 def _headers(answer: Answer) -> HeaderList:

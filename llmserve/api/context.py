@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import getrandbits
 from typing import TYPE_CHECKING
 
 from werkzeug import Request as WerkzeugRequest
 
+from llmserve.api.render import Tally
 from llmserve.config import Config
-from llmserve.engine.generation import ChoiceEnd, Delta, Event, GenerationEnd
 from llmserve.registry import ModelRegistry
 from llmserve.response_cache import ResponseCache
 
@@ -54,38 +54,28 @@ class Record:
     error: str | None = None
     model: str | None = None
     cache: str | None = None
-    num_prompt_tokens: int | None = None
-    num_cached_tokens: int | None = None
-    num_output_tokens: int = 0
-    ttft: float | None = None
-    finish_reasons: list[str] = field(default_factory=list)
-
-    def observe(self, events: Sequence[Event], seconds: float) -> None:
-        """Note events that were read `seconds` after the request came."""
-        if self.ttft is None and any(type(event) is Delta for event in events):
-            self.ttft = seconds
-        for event in [event for event in events if type(event) is not Delta]:
-            if isinstance(event, ChoiceEnd):
-                self.num_output_tokens += event.num_output_tokens
-                self.finish_reasons.append(event.finish_reason)
-            elif isinstance(event, GenerationEnd):
-                self.num_prompt_tokens, self.num_cached_tokens = event.num_prompt_tokens, event.num_cached_tokens
+    ttft: float | None = None  # seconds
+    tally: Tally | None = None
 
     def __str__(self) -> str:
         text = "" if self.error is None else f" error={self.error}"
         if self.model is not None:
             text += f" model={self.model}"
         if self.cache is not None:
-            text += f" cache={self.cache} output_tokens={self.num_output_tokens}"
-        if self.num_prompt_tokens is not None:
-            text += f" prompt_tokens={self.num_prompt_tokens} cached_tokens={self.num_cached_tokens}"
+            text += f" cache={self.cache}"
+        if (tally := self.tally) is not None and tally.finish_reasons:
+            text += f" output_tokens={tally.num_output_tokens} prompt_tokens={tally.num_prompt_tokens}"
+            text += f" cached_tokens={tally.num_cached_tokens} finish_reason={','.join(tally.finish_reasons)}"
         if self.ttft is not None:
             text += f" ttft={self.ttft * 1000:.1f}ms"
-        if self.finish_reasons:
-            text += f" finish_reason={','.join(self.finish_reasons)}"
         return text
+
+
+def unique() -> str:
+    """An id nobody else has. Not a secret, so it takes no system call, which would give the GIL away."""
+    return f"{getrandbits(96):024x}"
 
 
 def _request_id(given: str) -> str:
     """The client's own id, when it can go into headers and logs as it is."""
-    return given if _REQUEST_ID.fullmatch(given) else f"req_{os.urandom(12).hex()}"
+    return given if given and _REQUEST_ID.fullmatch(given) else f"req_{unique()}"

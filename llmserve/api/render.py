@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from llmserve.api.fields import JSON
 from llmserve.engine.generation import ChoiceEnd, Delta, Event, GenerationEnd
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What all chunks of an answer have in common. `created` is in Unix time."""
+@dataclass(slots=True)
+class Tally:
+    """A generation in numbers, as far as its events have told. The prompt counts once, whatever the number of choices."""
 
-    id: str
-    created: int
-    model: str
-    service_tier: str | None = None
+    num_prompt_tokens: int | None = None
+    num_cached_tokens: int | None = None
+    num_output_tokens: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
 
-    def render(self, kind: str) -> dict[str, JSON]:
-        fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return fields | {"service_tier": self.service_tier} if self.service_tier else fields
+    def add(self, event: Event) -> None:
+        if isinstance(event, ChoiceEnd):
+            self.num_output_tokens += event.num_output_tokens
+            self.finish_reasons.append(event.finish_reason)
+        elif isinstance(event, GenerationEnd):
+            self.num_prompt_tokens, self.num_cached_tokens = event.num_prompt_tokens, event.num_cached_tokens
+
+    def usage(self) -> JSON:
+        prompt = self.num_prompt_tokens or 0
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": prompt + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
 
 
-def completion(head: Head, n: int, events: Sequence[Event]) -> JSON:
-    """A whole chat completion, from all events of a generation that ended well."""
-    ends = {event.index: event for event in events if type(event) is ChoiceEnd}
-    last = events[-1]
-    assert isinstance(last, GenerationEnd)
-    choices = [_choice(events, ends[index]) for index in range(n)]
-    usage = _usage(last, sum(end.num_output_tokens for end in ends.values()))
-    return head.render("chat.completion") | {"choices": choices, "usage": usage}
+def completion(n: int, events: Iterable[Event], tally: Tally) -> dict[str, JSON]:
+    """A chat completion without its head, from all events of a generation that ended well; counts them in `tally`."""
+    texts: list[list[str]] = [[] for _ in range(n)]
+    finish_reasons: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, Delta):
+            texts[event.index].append(event.text)
+            continue
+        tally.add(event)
+        if isinstance(event, ChoiceEnd):
+            finish_reasons[event.index] = event.finish_reason
+    choices = [_choice(index, "".join(texts[index]), finish_reasons[index]) for index in range(n)]
+    return {"choices": choices, "usage": tally.usage()}
 
 
-def _choice(events: Sequence[Event], end: ChoiceEnd) -> JSON:
-    text = "".join([event.text for event in events if type(event) is Delta and event.index == end.index])
+def _choice(index: int, text: str, finish_reason: str) -> JSON:
     message = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": end.index, "message": message, "logprobs": None, "finish_reason": end.finish_reason}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ChunkStream:
     """The chunks of a streamed chat, in the order that every client takes: the roles of all choices by index, text, each
-    choice's finish reason, then, if asked for, the usage.
+    choice's finish reason, then, if asked for, the usage. `head` is what all of them have in common.
     """
 
-    def __init__(self, head: Head, n: int, include_usage: bool) -> None:
+    def __init__(self, head: dict[str, JSON], n: int, include_usage: bool) -> None:
         self.ended = False
-        self._fields = head.render("chat.completion.chunk")
+        self.tally = Tally()
+        self._head = head
         self._nullable_usage = {"usage": None} if include_usage else {}
         self._num_open = n
-        self._num_output_tokens = 0
         self._held: list[JSON] = []
 
     def begin(self) -> list[JSON]:
@@ -64,28 +80,19 @@ class ChunkStream:
         for event in events:
             if isinstance(event, Delta):
                 chunks.append(self._chunk(event.index, {"content": event.text}, None))
-            elif isinstance(event, ChoiceEnd):
+                continue
+            self.tally.add(event)
+            if isinstance(event, ChoiceEnd):
                 self._num_open -= 1
-                self._num_output_tokens += event.num_output_tokens
                 chunks.append(self._chunk(event.index, {}, event.finish_reason))
-            elif isinstance(event, GenerationEnd):
+            else:
                 self.ended = True
                 if self._nullable_usage:
-                    chunks.append(self._fields | {"choices": [], "usage": _usage(event, self._num_output_tokens)})
+                    chunks.append(self._head | {"choices": [], "usage": self.tally.usage()})
         if not self._num_open and not self.ended:
             chunks, self._held = [], chunks
         return chunks
 
     def _chunk(self, index: int, delta: JSON, finish_reason: str | None) -> JSON:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._fields | {"choices": [choice]} | self._nullable_usage
-
-
-def _usage(end: GenerationEnd, num_output_tokens: int) -> JSON:
-    """The prompt counts once, however many choices were made of it."""
-    return {
-        "prompt_tokens": end.num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": end.num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.num_cached_tokens},
-    }
+        return self._head | {"choices": [choice]} | self._nullable_usage

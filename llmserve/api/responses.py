@@ -26,6 +26,7 @@ _STREAM_HEADERS = [
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),  # nginx would hold the stream back
 ]
+_LONGEST_MESSAGE = 800  # characters
 _DEFAULT_RETRY_AFTER = 1.0  # seconds
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -59,7 +60,11 @@ class Response:
 
 
 def json_response(payload: JSON, status: int = 200, headers: HeaderList | None = None) -> Response:
-    data = encode(payload)
+    return encoded_response(encode(payload), status, headers)
+
+
+def encoded_response(data: bytes, status: int = 200, headers: HeaderList | None = None) -> Response:
+    """JSON that is bytes already."""
     own = [("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
     return Response([data], status, own + (headers or []))
 
@@ -123,4 +128,7 @@ def _guard(request: Request, writes: Iterator[bytes], ping_interval: float) -> I
 
 
 def _envelope(error: APIError) -> JSON:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    message = error.message
+    if len(message) > _LONGEST_MESSAGE:  # it repeats what a client sent
+        message = f"{message[:_LONGEST_MESSAGE]}..."
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}

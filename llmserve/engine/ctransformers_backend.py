@@ -30,6 +30,16 @@ end: those in whole steps are summed by the vector loop, the rest by the scalar 
 _GGML_TURN = threading.Lock()
 """ggml's code for its older model types has scratch buffers that the whole process shares: one pass at a time."""
 
+_LONGEST_PASS = 512
+_LONGEST_GGML_PASS = 8
+"""Most tokens of one pass: the library aborts, or writes behind its buffers, where they do not do. It sizes them for llama.cpp's
+default n_batch; for its older types they have fixed sizes that do for its own default of 8, and not for 64 of a GPT-J."""
+
+_MAX_OBJECTS = 24
+"""ggml has room for 64 contexts in a process, and dies of the next one. An object takes two; a load and a pass take some more for a
+moment."""
+_objects = threading.BoundedSemaphore(_MAX_OBJECTS)
+
 _INTS = ctypes.POINTER(ctypes.c_int)
 _MODEL = ctypes.c_void_p
 
@@ -72,12 +82,16 @@ class CTransformersBackend:
         """Raises RuntimeError when the library refuses the file; may kill the process when the file is broken."""
         self._library = _library()
         config = _Config(context_length=context_length, mmap=True)
+        if not _objects.acquire(blocking=False):
+            raise RuntimeError(f"the library has room for {_MAX_OBJECTS} slots, of all models together")
         self._model: int | None = self._call("create", str(path).encode(), (model_type or "gguf").encode(), config)
         if self._model is None:
+            _objects.release()
             raise RuntimeError("the library refuses it")
         self.vocab_size: int = self._call("vocab_size", self._model)
         self.context_length: int = self._call("context_length", self._model)
         self._turn = _GGML_TURN if model_type else nullcontext()
+        self._longest_pass = _LONGEST_GGML_PASS if model_type else _LONGEST_PASS
         self._one = (ctypes.c_int * 1)()
         self._view: Logits = np.empty(0, dtype=np.float32)
         self._view_of = 0
@@ -91,8 +105,9 @@ class CTransformersBackend:
             buffer[0] = token_ids[0]
         else:
             buffer = (ctypes.c_int * num_tokens)(*token_ids)
+        batch_size = min(num_tokens, self._longest_pass)
         with self._turn:
-            done = self._call("batch_eval", self._open(), buffer, num_tokens, position, num_tokens, threads)
+            done = self._call("batch_eval", self._open(), buffer, num_tokens, position, batch_size, threads)
         if not done:
             raise RuntimeError("the library could not evaluate the tokens")
 
@@ -107,7 +122,8 @@ class CTransformersBackend:
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text by the library's own tokenizer, without BOS."""
-        buffer = (ctypes.c_int * (len(text) + 4))()  # one id per byte at most, and the "▁" that SPM puts in front
+        # One id per byte at most, after SPM has put a space in front and made "▁", of three bytes, of each.
+        buffer = (ctypes.c_int * (3 * (len(text) + 1)))()
         return buffer[: self._call("tokenize", self._open(), text, False, buffer)]
 
     def piece(self, token_id: int) -> bytes:
@@ -123,6 +139,7 @@ class CTransformersBackend:
             self._view = np.empty(0, dtype=np.float32)
             self._call("delete", self._model)
             self._model = None
+            _objects.release()
 
     def _open(self) -> int:
         if self._model is None:

@@ -16,7 +16,6 @@ from llmserve.engine.gguf import GGUFFile, TensorInfo, Value, ValueType, pack_he
 from llmserve.errors import ModelFileError
 from llmserve.models.files import fingerprint, identity, publish, workspace
 
-
 ADAPTER_VERSION = 2
 """Goes up when `adapt` begins to write other files than before."""
 

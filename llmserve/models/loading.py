@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,14 @@ from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer
 from llmserve.engine.vocabulary import special_texts
 from llmserve.errors import ModelFileError
-from llmserve.models import adapt, probe, sources
+from llmserve.models import adapt, ggml, probe, sources
 from llmserve.models.files import fingerprint, identity
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LENGTH = 2048
 _BYTES_PER_KV_VALUE = 2  # float16
-_GGML_MAGICS = (b"lmgg", b"fmgg", b"tjgg")  # "ggml", "ggmf", "ggjt" as little-endian integers
+_LONGEST_CHUNK = 512  # tokens; ctransformers has buffers for so many (llama.cpp's n_batch) and aborts beyond
 
 
 class Loader:
@@ -40,13 +40,19 @@ class Loader:
     def prepare(self, spec: ModelSpec) -> Prepared:
         """Fetch, check, adapt and probe the model's file. Slow on the first time. Raises ModelFileError."""
         source = sources.fetch(spec, self._cache_dir)
-        facts = _ggml_facts(spec, source) if spec.model_type else _gguf_facts(spec, source)
-        path = source
-        if facts.header is not None:
-            adaptation = adapt.plan(facts.header, facts.context_length)
-            path = adapt.adapt(source, facts.header, adaptation, self._cache_dir)
-        probe.probe(path, facts.context_length, spec.model_type, self._cache_dir)
+        if spec.model_type:
+            path, facts = source, _ggml_facts(spec, source)
+        else:
+            path, facts = self._adapt(spec, source)
+        probe.probe(path, facts.context_length, facts.library_type, self._cache_dir)
         return Prepared(spec, path, facts, identity(source), self._budget)
+
+    def _adapt(self, spec: ModelSpec, source: Path) -> tuple[Path, _Facts]:
+        """The file to load in the place of a GGUF file, and what that says."""
+        header = gguf.read(source)
+        context_length = _context_length(spec, source, _hyperparameter(header, "context_length") or DEFAULT_CONTEXT_LENGTH)
+        adaptation = adapt.plan(header, context_length)
+        return adapt.adapt(source, header, adaptation, self._cache_dir), _gguf_facts(header, context_length, spec.slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class _Facts:
     """What the file's header says. Bytes are of all slots together."""
 
     header: GGUFFile | None  # None: a GGML file, from before GGUF
+    library_type: str  # of a GGML file; the library knows GGUF files by themselves
     context_length: int
     weights_bytes: int
     kv_cache_bytes: int
@@ -76,28 +83,35 @@ class Prepared:
     def open(self, statistics: StatisticsCounter) -> Engine:
         """Load the model once per slot and build its tokenizer and chat template. Raises ModelFileError."""
         spec = self.spec
+        with ExitStack() as opened:
+            backends = [opened.enter_context(closing(self._open_backend())) for _ in range(spec.slots)]
+            tokenizer = _tokenizer(self.facts.header, backends[0])
+            engine = Engine(
+                info=self._info(),
+                backends=backends,
+                tokenizer=tokenizer,
+                chat_template=_chat_template(spec, self.facts.header, tokenizer),
+                budget=self.budget,
+                settings=EngineSettings(spec.max_waiting, min(spec.prefill_chunk, _LONGEST_CHUNK), spec.prefix_cache),
+                statistics=statistics,
+            )
+            opened.pop_all()  # the engine closes them from now on
+        return engine
+
+    def _open_backend(self) -> CTransformersBackend:
         try:
-            backends = [CTransformersBackend(self.path, self.facts.context_length, spec.model_type) for _ in range(spec.slots)]
+            return CTransformersBackend(self.path, self.facts.context_length, self.facts.library_type)
         except RuntimeError as error:
             raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
-        tokenizer = _tokenizer(self.facts.header, backends[0])
-        return Engine(
-            info=self._info(),
-            backends=backends,
-            tokenizer=tokenizer,
-            chat_template=_chat_template(spec, self.facts.header, tokenizer),
-            budget=self.budget,
-            settings=EngineSettings(spec.max_waiting, spec.prefill_chunk, spec.prefix_cache),
-            statistics=statistics,
-        )
 
     def _info(self) -> EngineInfo:
         library = f"ctransformers {version('ctransformers')}"
         shape = (self.file_identity, self.facts.context_length, self.spec.chat_template, self.spec.model_type, library)
+        asked_for = self.spec.engine == "ctransformers"
         return EngineInfo(
             identity=fingerprint(*shape),
             name="ctransformers",
-            reason="it was asked for" if self.spec.engine == "ctransformers" else f"{library} is installed and can run this file",
+            reason="it was asked for" if asked_for else f"{library} is installed and can run this file",
             context_length=self.facts.context_length,
             num_slots=self.spec.slots,
             weights_bytes=self.facts.weights_bytes,
@@ -115,36 +129,26 @@ def _num_cores() -> int:
         return cores
 
 
-def _gguf_facts(spec: ModelSpec, path: Path) -> _Facts:
-    header = gguf.read(path)
-    architecture = header.get("general.architecture", str) or ""
-    trained = header.get(f"{architecture}.context_length", int) or DEFAULT_CONTEXT_LENGTH
-    context_length = _context_length(spec, path, trained)
-    num_layers = header.get(f"{architecture}.block_count", int) or 0
-    num_heads = header.get(f"{architecture}.attention.head_count", int) or 1
-    num_kv_heads = header.get(f"{architecture}.attention.head_count_kv", int) or num_heads
-    kv_width = (header.get(f"{architecture}.embedding_length", int) or 0) // num_heads * num_kv_heads
-    kv_cache_bytes = 2 * num_layers * context_length * kv_width * _BYTES_PER_KV_VALUE
-    return _Facts(header, context_length, header.size, spec.slots * kv_cache_bytes)
+def _gguf_facts(header: GGUFFile, context_length: int, num_slots: int) -> _Facts:
+    """Of a header that `adapt.plan` has found in order."""
+    num_heads = _hyperparameter(header, "attention.head_count")
+    num_kv_heads = _hyperparameter(header, "attention.head_count_kv") or num_heads
+    kv_width = _hyperparameter(header, "embedding_length") // num_heads * num_kv_heads
+    kv_cache_bytes = 2 * _hyperparameter(header, "block_count") * context_length * kv_width * _BYTES_PER_KV_VALUE
+    return _Facts(header, "", context_length, header.size, num_slots * kv_cache_bytes)
+
+
+def _hyperparameter(header: GGUFFile, name: str) -> int:
+    """0 if it is missing. Raises ModelFileError."""
+    return header.get(f"{header.get('general.architecture', str)}.{name}", int) or 0
 
 
 def _ggml_facts(spec: ModelSpec, path: Path) -> _Facts:
-    """GGML files begin with a magic and bare hyperparameters, in an order of each model type's own (ggml's examples, 2023).
-
-    They are not mapped: each slot has a copy of the weights. The cache is counted at 4 bytes a value, which some types take.
-    """
-    with path.open("rb") as file:
-        head = file.read(24)
-    if head[:4] not in _GGML_MAGICS or len(head) < 24:
-        raise ModelFileError(f"{path.name} is not a GGML file, which model_type = {spec.model_type!r} says it is.")
-    first, num_positions, third, fourth, fifth = struct.unpack_from("<5i", head, 4)
-    if spec.model_type in ("mpt", "replit"):
-        width, num_layers = first, fourth
-    else:
-        width, num_layers = third, fifth
-    context_length = _context_length(spec, path, num_positions)
-    kv_cache_bytes = 2 * num_layers * num_positions * width * 4
-    return _Facts(None, context_length, spec.slots * path.stat().st_size, spec.slots * max(0, kv_cache_bytes))
+    """GGML files are not mapped: each slot has a copy of the weights."""
+    file = ggml.read(path, spec.model_type)
+    context_length = _context_length(spec, path, file.context_length)
+    kv_cache_bytes = file.kv_cache_bytes(context_length)
+    return _Facts(None, file.library_type, context_length, spec.slots * file.size, spec.slots * kv_cache_bytes)
 
 
 def _context_length(spec: ModelSpec, path: Path, trained: int) -> int:

@@ -1,4 +1,4 @@
-"""Open a model file in a child process and evaluate one token, for a broken file kills the process that opens it.
+"""Open a model file in a child process and evaluate a few tokens, for a broken file kills the process that opens it.
 
 The verdict is remembered by the file's identity and the library's version, so that only a file's first load pays.
 """
@@ -11,19 +11,25 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmserve.errors import ModelFileError
 from llmserve.models.files import identity
 
+if TYPE_CHECKING:  # it imports numpy
+    from llmserve.engine.backend import Backend
+
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 300.0  # seconds; a large file comes from a slow disk
+_GGML_CHUNK = 8  # tokens; as many as the library evaluates in one go unless told otherwise
 
 
 def probe(path: Path, context_length: int, model_type: str, cache_dir: Path) -> None:
-    """Return when the library can open `path` and evaluate a token; else raise ModelFileError with what it said or died of.
+    """Return when the library can open `path` and evaluate tokens; else raise ModelFileError with what it said or died of.
 
     Only good verdicts are remembered: a bad one may have had a passing reason, such as memory.
     """
@@ -31,29 +37,34 @@ def probe(path: Path, context_length: int, model_type: str, cache_dir: Path) -> 
     if verdict.exists():
         return
     log.info("probing %s", path.name)
-    command = [sys.executable, "-m", "llmserve.models.probe", json.dumps([str(path), context_length, model_type])]
+    arguments = json.dumps([str(path), context_length, model_type])
+    # -u, and one pipe for all: C's stdio must not be buffered either, for what is in a buffer dies with its process.
+    command = [sys.executable, "-u", "-m", "llmserve.models.probe", arguments]
     try:
-        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)
+        child = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired:
         raise ModelFileError(f"{path.name} could not be opened within {_TIMEOUT:g} s.") from None
     if child.returncode:
-        raise ModelFileError(f"{path.name} cannot be loaded: {_reason(child)}.")
-    verdict.parent.mkdir(parents=True, exist_ok=True)
-    verdict.touch()
+        raise ModelFileError(f"{path.name} cannot be loaded: {_reason(child).replace(str(path), path.name)}.")
+    with suppress(OSError):  # a read-only folder costs a probe at each load, no more
+        verdict.parent.mkdir(parents=True, exist_ok=True)
+        verdict.touch()
 
 
 def _reason(child: subprocess.CompletedProcess[bytes]) -> str:
     """The last thing the library said; failing that, how its process ended."""
-    lines = [line.strip() for line in child.stderr.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in child.stdout.decode(errors="replace").splitlines() if line.strip()]
     said = lines[-1].rstrip(".") if lines else ""
     if child.returncode < 0:
         death = f"the library crashed with {signal.Signals(-child.returncode).name}"
         return f"{death} ({said})" if said else death
-    return said or f"the library ended with status {child.returncode}"
+    return said or "the library refuses it"
 
 
 def _main(arguments: str) -> None:
-    """The child: nothing of this process is worth keeping, so no cleaning up and no core file."""
+    """The child: it prints what is wrong behind what the library has printed. Leaves no core file, and cleans nothing up."""
     import resource
 
     from llmserve.engine.ctransformers_backend import CTransformersBackend
@@ -62,16 +73,25 @@ def _main(arguments: str) -> None:
     path, context_length, model_type = json.loads(arguments)
     try:
         backend = CTransformersBackend(Path(path), context_length, model_type)
-        backend.forward([min(1, backend.vocab_size - 1)], 0, 1)
-        finite = bool((abs(backend.logits()) < float("inf")).all())
-    except Exception as error:
-        sys.stderr.write(f"\n{error}\n")
-        sys.stderr.flush()
-        os._exit(1)
-    if not finite:
-        sys.stderr.write("\nits scores are not finite numbers\n")
-        sys.stderr.flush()
-    os._exit(0 if finite else 1)
+    except RuntimeError:
+        os._exit(1)  # the library has said why, if it ever does
+    error = _evaluate(backend, num_tokens=_GGML_CHUNK if model_type else 1)
+    print(f"\n{error}", flush=True)
+    os._exit(1 if error else 0)
+
+
+def _evaluate(backend: Backend, num_tokens: int) -> str:
+    """What goes wrong, if anything, at the beginning of the context, and at its end: there the library's buffers are fullest,
+    and for its older types they are of a size that was thought to do."""
+    token_ids = [min(1, backend.vocab_size - 1)] * min(num_tokens, backend.context_length)
+    try:
+        backend.forward(token_ids, 0, 1)
+        if not (abs(backend.logits()) < float("inf")).all():
+            return "its scores are not finite numbers"
+        backend.forward(token_ids, backend.context_length - len(token_ids), 1)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

@@ -75,6 +75,15 @@ def test_the_slot_with_the_longest_prefix_is_chosen():
     assert choose(slots, PROMPT) is slots[1]
 
 
+def test_a_slot_is_not_emptied_for_a_few_shared_words():
+    conversation, empty = filled(PROMPT, grid=1), filled([1], grid=1)
+    conversation.last_used, empty.last_used = 5.0, 9.0
+    assert choose([conversation, empty], [*PROMPT[:11], *range(20)]) is conversation  # the least recently used
+    conversation.last_used = 10.0
+    assert choose([conversation, empty], [*PROMPT[:11], *range(20)]) is empty
+    assert choose([conversation, empty], [*PROMPT[:41], *range(20)]) is conversation
+
+
 def test_without_a_shared_prefix_the_least_recently_used_slot_is_chosen():
     slots = [filled([1], grid=1), filled([2], grid=1), filled([3], grid=1)]
     for slot, time in zip(slots, [5.0, 2.0, 9.0], strict=True):
