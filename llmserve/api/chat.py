@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmserve.engine.engine import Engine
 
 _LARGEST_REMEMBERED_BODY = 8192  # bytes
+_COSTLY_TO_COUNT = 256 * 1024  # characters; tokenizing takes a hundred times the text's memory for a moment
 _MAX_IGNORED_NAMES = 20
 
 
@@ -106,19 +107,28 @@ def _key(parsed: ParsedChat, identity: str | None) -> bytes | None:
 
 def _submit(engine: Engine, parsed: ParsedChat) -> Generation:
     chat = parsed.request
-    prompt_ids = engine.tokenizer.encode(engine.chat_template.render(parsed.messages))
+    segments = engine.chat_template.render(parsed.messages)
+    num_characters = sum(len(segment.text) for segment in segments)
+    if num_characters > _COSTLY_TO_COUNT:
+        _check_length(num_characters // engine.tokenizer.max_piece_size, engine.context_length, "at least ")
+    prompt_ids = engine.tokenizer.encode(segments)
+    _check_length(len(prompt_ids), engine.context_length)
     max_tokens = _max_tokens(chat.token_limit, len(prompt_ids), engine.context_length)
     return engine.submit(prompt_ids, GenerationParams(max_tokens, chat.n, chat.stop_strings, parsed.sampling))
 
 
-def _max_tokens(limit: int | None, num_prompt_tokens: int, context_length: int) -> int:
-    """What one choice may take: what was asked for, else what the prompt leaves. Raises ContextLengthExceeded."""
+def _check_length(num_prompt_tokens: int, context_length: int, qualifier: str = "") -> None:
+    """Raises ContextLengthExceeded for a prompt that does not fit by itself."""
     if num_prompt_tokens > context_length:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context_length} tokens. However, your messages resulted in "
-            f"{num_prompt_tokens} tokens. Please reduce the length of the messages.",
+            f"{qualifier}{num_prompt_tokens} tokens. Please reduce the length of the messages.",
             param="messages",
         )
+
+
+def _max_tokens(limit: int | None, num_prompt_tokens: int, context_length: int) -> int:
+    """What one choice may take: what was asked for, else what the prompt leaves. Raises ContextLengthExceeded."""
     num_left = context_length - num_prompt_tokens
     wanted = limit or max(num_left, 1)
     if wanted > num_left:
