@@ -19,7 +19,7 @@ from llmserve.api import chat
 from llmserve.api.access import Access
 from llmserve.api.connection import ClientGone
 from llmserve.api.context import Context, Request
-from llmserve.api.responses import Response, error_response, internal_error
+from llmserve.api.responses import CLIENT_GONE, Response, error_response, internal_error
 from llmserve.api.urls import LONG, URLS
 from llmserve.config import RESERVED_THREADS, Config
 from llmserve.errors import APIError, MethodNotAllowed, QueueFull, UnknownURL
@@ -76,7 +76,7 @@ class App:
         response.call_on_close(partial(_log, request, response.status))
         headers = response.headers + self._access.headers(request)
         headers += [("X-Request-Id", request.id), ("openai-processing-ms", str(round(_elapsed_ms(request))))]
-        start_response(f"{response.status} {HTTP_STATUS_CODES.get(response.status, '')}", headers)
+        start_response(f"{response.status} {HTTP_STATUS_CODES.get(response.status, 'Unknown')}", headers)
         if request.method == "HEAD":
             response.body = []
         return response
@@ -99,9 +99,11 @@ class App:
             request.record.error = error.code
             return error_response(error)
         except ClientGone:
+            request.record.error = CLIENT_GONE
             return Response([], _CLIENT_CLOSED_REQUEST, [("Content-Length", "0")])
         except Exception:
             log.exception("%s %s %s broke", request.id, request.method, _printable(request.path))
+            request.record.error = APIError.code
             return error_response(internal_error())
 
     def _dispatch(self, request: Request) -> Response:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from itertools import islice
 
 import pytest
 from werkzeug.test import Client, EnvironBuilder
@@ -23,6 +24,7 @@ from tests.fakes import say
 serve, served = conftest.serve, conftest.served  # fixtures
 
 MAX_WAITING = ModelSpec("", "").max_waiting
+LOAD = f"/v1/models/{MODEL}?action=load"
 GET_URLS = ["/", "/health", "/livez", "/readyz", "/v1/models", f"/v1/models/{MODEL}"]
 ANSWER = "It is raining."
 
@@ -107,24 +109,27 @@ class TestAnswers:
         assert payload(first)["choices"][0]["delta"]["role"] == "assistant"
         assert payload(last)["error"]["code"] == "engine_failed"
 
-    @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
-    def test_an_answer_that_takes_too_long_is_given_up(self, serve, streamed):
+    def test_an_answer_that_takes_too_long_is_given_up(self, serve):
         served = serve(request_timeout=0.1)
         with served.held():
-            answer = served.chat(stream=streamed)
+            answer = served.chat()
         assert (answer.status_code, answer.json["error"]["code"]) == (504, "deadline_exceeded")
 
-    def test_a_stream_without_a_word_is_kept_alive_by_comments(self, serve):
+    def test_a_stream_that_takes_too_long_ends_with_an_error_event(self, serve):
+        served = serve(request_timeout=0.1)
+        with served.held():
+            *_, last = stream(served).text.split("\n\n")[:-1]
+        assert payload(last)["error"]["code"] == "deadline_exceeded"
+
+    def test_a_silent_stream_is_kept_alive_by_comments(self, serve):
         served = serve(ping_interval=0.1)
         with served.held():
             response = stream(served)
-            begun, ping = next(response.response), next(response.response)
+            assert b": ping\n" in islice(response.response, 3)
             response.close()
-        assert payload(begun.decode())["choices"][0]["delta"]["role"] == "assistant"
-        assert ping == b": ping\n"
 
     def test_what_breaks_unforeseen_is_a_500_that_says_nothing_and_is_logged(self, served, monkeypatch, caplog):
-        monkeypatch.setattr(type(served.registry), "resolve", lambda *_: 1 // 0)
+        monkeypatch.setattr(served.registry, "resolve", lambda name: 1 // 0)
         answer = served.chat()
         assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal_error")
         assert "division" not in answer.text
@@ -278,7 +283,7 @@ class TestTheGate:
     def test_a_full_queue_refuses_with_the_time_to_wait(self, served):
         with served.held() as let_go:
             with served.registry.use(MODEL, lambda: None) as engine:
-                waiting = [engine.submit([1], GenerationParams(max_tokens=1)) for _ in range(1 + MAX_WAITING)]
+                waiting = [engine.submit([1], GenerationParams(max_tokens=2)) for _ in range(1 + MAX_WAITING)]
             refused = served.chat()
             assert (refused.status_code, refused.json["error"]["code"]) == (503, "queue_full")
             assert 1 <= int(refused.headers["Retry-After"]) <= 60
@@ -294,17 +299,16 @@ class TestTheEnd:
             running = stream(served, temperature=0)
             closing = threading.Thread(target=served.app.close, args=(TIMEOUT,))
             closing.start()
-            wait_until(lambda: served.client.get("/readyz").status_code == 503)
-            wait_until(lambda: served.chat().status_code == 503)
+            wait_until(lambda: served.client.post(LOAD).status_code == 503)
             refused = served.chat()
             assert (refused.json["error"]["code"], refused.headers["Retry-After"]) == ("shutting_down", "1")
-            assert served.client.post(f"/v1/models/{MODEL}?action=reload").json["error"]["code"] == "shutting_down"
+            assert served.client.post(LOAD).json["error"]["code"] == "shutting_down"
             assert served.client.get("/readyz").json == {"status": "draining"}
             assert served.client.get("/livez").status_code == served.client.get("/health").status_code == 200
             let_go()
             assert chunks(running)[-1]["choices"][0]["finish_reason"] == "stop"
         closing.join(TIMEOUT)
-        assert served.backend.closed
+        assert served.loader.backends[0].closed
 
     def test_what_the_grace_period_is_too_short_for_ends_with_an_error_event(self, served):
         with served.held() as let_go:
@@ -332,7 +336,7 @@ class TestTheLog:
         for part in (f"model={MODEL}", "cache=miss", "ttft=", "finish_reason=stop"):
             assert part in line
         assert f"output_tokens={usage['completion_tokens']} prompt_tokens={usage['prompt_tokens']}" in line
-        assert not {"secret", "raining", "me,"} & set(re.split(r"\W+", line))
+        assert not {"secret", "raining", "me"} & set(re.split(r"\W+", line))
 
     def test_a_stream_is_logged_when_it_has_ended(self, served, lines):
         response = stream(served, max_tokens=3)

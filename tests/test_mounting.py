@@ -69,10 +69,10 @@ class TestUnderAPrefix:
         client = Client(mount(served.app))
         with served.held() as let_go:
             response = client.post(f"/llm{CHAT}", json=chat_body(temperature=0, stream=True))
-            assert b'"role":"assistant"' in next(response.response)
+            assert any(b'"content":"I"' in write for write in response.response)
             let_go()
             rest = response.data
-        assert rest.count(b'"content"') == len(ANSWER)
+        assert rest.count(b'"content"') == len(ANSWER) - 1
         assert rest.endswith(b"data: [DONE]\n\n")
         response.close()
 
@@ -126,10 +126,12 @@ class TestUnderAnotherServer:
         served = serve(say(ANSWER))
         with run(served.app) as port, served.held() as let_go, ask(port, temperature=0, stream=True) as connection:
             response = connection.getresponse()
-            assert b'"role":"assistant"' in response.readline()
+            first, _, second = response.readline(), response.readline(), response.readline()
+            assert b'"role":"assistant"' in first
+            assert b'"content":"I"' in second
             let_go()
             rest = response.read()
-        assert rest.count(b'"content"') == len(ANSWER)
+        assert rest.count(b'"content"') == len(ANSWER) - 1
         assert rest.endswith(b"data: [DONE]\n\n")
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -183,6 +183,50 @@ def test_an_answer_larger_than_the_cache_is_not_kept():
     assert cache.open(b"k", finished).outcome is Outcome.MISS
 
 
+def test_find_gives_what_is_remembered_and_begins_nothing():
+    clock = Clock()
+    cache = ResponseCache(CacheConfig(max_age=60), clock)
+    assert cache.find(b"k") is None
+    remember(cache)
+    clock.now = 5
+    found = cache.find(b"k")
+    assert (found.outcome, found.age, read_all(found)) == (Outcome.HIT, 5, EVENTS)
+    assert cache.find(None) is None
+    clock.now = 61
+    assert cache.find(b"k") is None
+
+
+def test_what_was_made_of_a_repeated_answer_is_kept_with_it_and_goes_with_it():
+    cache = ResponseCache(CacheConfig())
+    remember(cache)
+    before = cache._entries.num_bytes
+    first = cache.find(b"k")
+    assert first.rendering is None
+    first.keep("made", 1000)
+    first.keep("made again", 1000)
+    assert cache.find(b"k").rendering == "made"
+    assert cache._entries.num_bytes == before + 1000
+    cache.clear()
+    first.keep("too late", 1000)
+    assert cache._entries.num_bytes == 0
+
+
+def test_a_rendering_that_has_no_room_goes_with_its_answer():
+    cache = ResponseCache(CacheConfig(max_bytes=3000))
+    remember(cache)
+    cache.find(b"k").keep("made", 3000)
+    assert cache.find(b"k") is None
+
+
+def test_nothing_is_kept_with_an_answer_that_was_not_repeated():
+    cache = ResponseCache(CacheConfig())
+    answer = cache.open(b"k", finished)
+    read_all(answer)
+    answer.keep("made", 1000)
+    assert answer.rendering is None
+    assert cache.find(b"k").rendering is None
+
+
 # ---- single flight
 
 

@@ -18,7 +18,7 @@ from llmserve.api.render import ChunkStream, Tally
 from llmserve.api.responses import DONE, HeaderList, Response, encode, encoded_response, event_stream, frame
 from llmserve.api.schema import ChatRequest
 from llmserve.engine.generation import Delta, Event, Failed, Generation, GenerationParams, SamplingParams
-from llmserve.errors import ContextLengthExceeded
+from llmserve.errors import ContextLengthExceeded, TemplateError
 from llmserve.response_cache import Answer
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def _submit(engine: Engine, parsed: ParsedChat) -> Generation:
     if num_characters > _COSTLY_TO_COUNT:
         _check_length(num_characters // engine.tokenizer.max_piece_size, engine.context_length, "at least ")
     prompt_ids = engine.tokenizer.encode(segments)
+    if not prompt_ids:
+        raise TemplateError("The chat template makes an empty prompt of these messages.")
     _check_length(len(prompt_ids), engine.context_length)
     max_tokens = _max_tokens(chat.token_limit, len(prompt_ids), engine.context_length)
     return engine.submit(prompt_ids, GenerationParams(max_tokens, chat.n, chat.stop_strings, parsed.sampling))

@@ -17,6 +17,7 @@ HeaderList = list[tuple[str, str]]
 
 log = logging.getLogger(__name__)
 
+CLIENT_GONE = "client_gone"  # what the log calls an answer that nobody received
 DONE = b"data: [DONE]\n\n"
 # One line end, not two: an empty line would make official clients dispatch an event that has no data.
 PING = b": ping\n"
@@ -117,7 +118,10 @@ def _guard(request: Request, writes: Iterator[bytes], ping_interval: float) -> I
                 yield data or PING
                 last_write = time.monotonic()
     except ClientGone:
-        request.record.error = "client_gone"
+        request.record.error = CLIENT_GONE
+    except GeneratorExit:  # the server could not write on
+        request.record.error = CLIENT_GONE
+        raise
     except APIError as error:
         request.record.error = error.code
         yield frame(_envelope(error))

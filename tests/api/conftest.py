@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import pytest
 from werkzeug.test import Client
@@ -24,16 +25,21 @@ TIMEOUT = 10.0  # seconds; what takes longer will never happen
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An app with one loaded model of one slot."""
+    """An app with one model of one slot, which its first use loads."""
 
     app: App
     client: Client
     registry: ModelRegistry
-    backend: FakeBackend
+    loader: FakeLoader
 
     def chat(self, content="Hello", *, headers=None, **parameters):
         """The answer, read to its end and closed."""
         return self.client.post(CHAT, json=chat_body(content, **parameters), headers=headers, buffered=True)
+
+    @property
+    def backend(self) -> FakeBackend:
+        self.registry.load(MODEL)
+        return self.loader.backends[-1]
 
     @property
     def status(self):
@@ -44,9 +50,9 @@ class Served:
 
     @contextmanager
     def held(self):
-        """Within the block the model stands still before its next forward pass, until the function given is called."""
-        gate = threading.Event()
-        self.backend.on_forward = lambda: gate.wait(TIMEOUT)
+        """Within the block the model stands still after its first word, until the function given is called."""
+        gate, passes = threading.Event(), count()
+        self.backend.on_forward = lambda: next(passes) == 0 or gate.wait(TIMEOUT)
         try:
             yield gate.set
         finally:
@@ -61,8 +67,7 @@ def serving(reply=babble, *, template=TEMPLATE, **server):
     registry = ModelRegistry(config.models, lambda: loader)
     app = create_app(config, registry=registry)
     try:
-        registry.load(MODEL)
-        served = Served(app, Client(app), registry, loader.backends[0])
+        served = Served(app, Client(app), registry, loader)
         yield served
         served.wait_until_idle(timeout=1.0)
     finally:

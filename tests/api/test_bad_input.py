@@ -18,9 +18,7 @@ KEY = "sk-right"
 FINE = "All is well."
 MAX_BODY_SIZE = 40_000
 CONTEXT_LENGTH = 256
-NUM_TEMPLATE_TOKENS = len(
-    "^user\n$^assistant\n"
-)  # what the fake's template writes around a message: bytes, and ^ and $ for controls
+NUM_TEMPLATE_TOKENS = len("^user\n$^assistant\n")  # around one message in the fake's template; ^ and $ are control tokens
 MODEL_URL = f"/v1/models/{MODEL}"
 
 
@@ -352,12 +350,10 @@ def transport():
         "a negative length": Case(400, environ={"CONTENT_LENGTH": "-1"}),
         "no length": Case(400, environ={"CONTENT_LENGTH": ""}),
         "another host": Case(403, "forbidden_host", headers={"Host": "evil.example"}),
-        "a host that looks like loopback": Case(403, "forbidden_host", headers={"Host": "127.0.0.1.evil.example:8080"}),
+        "a host like loopback": Case(403, "forbidden_host", headers={"Host": "127.0.0.1.evil.example:8080"}),
         "a host of odd characters": Case(403, "forbidden_host", headers={"Host": "a b\xe9<script>"}),
         "another origin": Case(403, "forbidden_origin", headers={"Origin": "https://evil.example"}),
-        "an origin that looks like loopback": Case(
-            403, "forbidden_origin", headers={"Origin": "http://localhost.evil.example"}
-        ),
+        "an origin like loopback": Case(403, "forbidden_origin", headers={"Origin": "http://localhost.evil.example"}),
         "an origin that is null": Case(403, "forbidden_origin", headers={"Origin": "null"}),
         "an unload from another origin": Case(
             403, "forbidden_origin", path=f"{MODEL_URL}?action=unload", headers={"Origin": "https://evil.example"}
@@ -448,13 +444,14 @@ TEMPLATES = {
     "something undefined": ("{{ messages[7].content.upper() }}", "no element 7"),
     "something forbidden": ("{{ messages.append(1) }}", "append"),
     "far too much": ("{% for i in range(9999) %}{{ messages[0].content * 9999 }}{% endfor %}", "characters"),
+    "nothing": ("{# nothing #}", "empty prompt"),
     "no end": ("{% for i in range(10 ** 9) %}{% endfor %}", "range"),
 }
 
 
 @pytest.mark.parametrize(("template", "words"), TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_template_that_raises_is_a_bad_request_with_its_words(serve, template, words, stream):
+def test_a_template_that_cannot_be_rendered_is_a_bad_request_with_the_reason(serve, template, words, stream):
     response = serve(template=template).chat("Hello", stream=stream)
     error = check_envelope(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "chat_template_error", None)
