@@ -87,7 +87,9 @@ def one_stream(rounds: int = 7, num_tokens: int = 160) -> list[Figure]:
     return [Figure("one stream, decode", "tokens/s", ours, floor, "bare loop", "≥ 0.95")]
 
 
-def _together(server: Server, bare: Bare, models: list[str], num_streams: int, rounds: int, num_tokens: int) -> tuple[list[float], list[float]]:
+def _together(
+    server: Server, bare: Bare, models: list[str], num_streams: int, rounds: int, num_tokens: int
+) -> tuple[list[float], list[float]]:
     """Rates of that many streams, spread over the models, and of the best bare split that does the same work."""
     ours, floor = [], []
     for number in range(rounds):
@@ -192,7 +194,12 @@ def memory() -> list[Figure]:
 
 
 def _request(port: int, content: str, max_tokens: int) -> bytes:
-    body = {"model": harness.MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, "temperature": 0}
+    body = {
+        "model": harness.MODEL,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
     payload = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
@@ -261,7 +268,9 @@ def main(names: list[str]) -> int:
     report = head + "\n".join(figure.row() for figure in figures) + "\n"
     stamp = f"{'-'.join(names) or 'all'}"
     (folder / f"{stamp}.md").write_text(report)
-    (folder / f"{stamp}.json").write_text(json.dumps([asdict(figure) | {"ratio": figure.ratio} for figure in figures], indent=1))
+    (folder / f"{stamp}.json").write_text(
+        json.dumps([asdict(figure) | {"ratio": figure.ratio} for figure in figures], indent=1)
+    )
     print(report)
     return 0 if all(figure.holds for figure in figures) else 1
 

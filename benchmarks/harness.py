@@ -209,7 +209,9 @@ class Bare:
         command = [PYTHON, "-m", "benchmarks.bare", str(path)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, splits: list[tuple[int, int]], prompts: list[list[int]], num_tokens: int, only: str = "") -> dict[str, float]:
+    def __call__(
+        self, splits: list[tuple[int, int]], prompts: list[list[int]], num_tokens: int, only: str = ""
+    ) -> dict[str, float]:
         assert self._process.stdin is not None and self._process.stdout is not None
         command = {"splits": splits, "prompts": prompts, "num_tokens": num_tokens, "only": only}
         self._process.stdin.write(json.dumps(command).encode() + b"\n")

@@ -120,8 +120,12 @@ class ModelSpec:
     sha256: str = _option("", _string, "expected SHA-256 of the file; empty is unchecked")
     aliases: tuple[str, ...] = _option((), _strings, "other names it answers to")
     engine: str = _option("auto", _one_of("auto", "ctransformers"), "library that runs it")
-    model_type: str = _option("", _string, "for GGML files, which do not say: gpt2, gptj, gpt_neox, mpt, starcoder, dolly, replit")
-    context_length: int = _option(0, _integer(0, 2**24), "most tokens of one prompt and its answer; 0 is 2048, or the model's own if less")
+    model_type: str = _option(
+        "", _string, "for GGML files, which do not say: gpt2, gptj, gpt_neox, mpt, starcoder, dolly, replit"
+    )
+    context_length: int = _option(
+        0, _integer(0, 2**24), "most tokens of one prompt and its answer; 0 is 2048, or the model's own if less"
+    )
     slots: int = _option(4, _integer(1, 64), "answers made at the same time")
     max_waiting: int = _option(32, _integer(0, 4096), "requests that may wait for a slot; one more is refused")
     prefill_chunk: int = _option(64, _integer(1, 4096), "prompt tokens evaluated in one go")

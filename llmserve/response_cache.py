@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -143,7 +144,7 @@ class ResponseCache:
             if flight.generation is not None:
                 return Answer(self, flight, flight.generation, Outcome.COALESCED)
         assert flight.error is not None
-        raise flight.error
+        raise copy(flight.error)
 
     def _end(self, flight: _Flight, last: Event) -> None:
         """A reader has seen the last event: remember the answer if it is whole."""

@@ -38,7 +38,7 @@ def say(text: str) -> Reply:
 
     def reply(held: Sequence[int]) -> int:
         said = len(held) - 1 - max(i for i, token_id in enumerate(held) if token_id == START) - len(b"assistant\n")
-        return script[min(said, len(script) - 1)]
+        return script[max(0, min(said, len(script) - 1))]
 
     return reply
 

@@ -300,7 +300,9 @@ def test_whatever_is_done_at_once_ends_with_every_request_answered(registry_of):
 
 
 residents = st.lists(
-    st.builds(Resident, st.text(max_size=3), st.integers(1, 100), st.floats(0, 100), st.booleans()), max_size=8, unique_by=lambda r: r.id
+    st.builds(Resident, st.text(max_size=3), st.integers(1, 100), st.floats(0, 100), st.booleans()),
+    max_size=8,
+    unique_by=lambda r: r.id,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -154,7 +155,7 @@ def _follow(answer: Answer, watch: Watch, request: Request) -> Iterator[list[Eve
         if events and isinstance(events[-1], Failed):
             if events[:-1]:
                 yield events[:-1]
-            raise events[-1].error
+            raise copy(events[-1].error)
         yield events
 
 

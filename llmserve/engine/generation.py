@@ -58,7 +58,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """Choice `index` is complete. `num_output_tokens` counts every sampled token, also EOS and stop strings' tokens."""
+    """Choice `index` is complete. `num_output_tokens` counts every sampled token but EOS: stop strings' tokens too."""
 
     index: int
     finish_reason: FinishReason

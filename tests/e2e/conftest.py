@@ -20,7 +20,9 @@ def pytest_collection_modifyitems(items):
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     tiny = write_llama_spm(folder / "tiny.gguf")
-    config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"]) + harness.table(id="org/tiny", source=str(tiny), load="on_demand")
+    config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"]) + harness.table(
+        id="org/tiny", source=str(tiny), load="on_demand"
+    )
     with harness.llmserve(config, log=folder / "log") as running:
         yield running
 

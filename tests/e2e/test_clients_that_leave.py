@@ -58,7 +58,9 @@ class TestLeaving:
         server.wait_until_idle(MODEL, timeout=1.0)
 
     def test_in_the_queue(self, server, stream, leave):
-        busy = [send(server, f"Write a very long story about river number {n}.", stream=True, max_tokens=1500) for n in range(4)]
+        busy = [
+            send(server, f"Write a very long story about river number {n}.", stream=True, max_tokens=1500) for n in range(4)
+        ]
         wait_for(server, lambda running, waiting: running == 4)
         queued = [send(server, f"Story {n}.", stream=stream) for n in range(3)]
         wait_for(server, lambda running, waiting: waiting == 3)
