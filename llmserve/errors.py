@@ -77,6 +77,13 @@ class ForbiddenHost(InvalidRequest):
     code = "forbidden_host"
 
 
+class ForbiddenOrigin(InvalidRequest):
+    """A page of this origin may not change anything here."""
+
+    status = 403
+    code = "forbidden_origin"
+
+
 class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
@@ -135,12 +142,6 @@ class MemoryBudgetExceeded(Unavailable):
     """The model does not fit into the memory budget beside the models that are busy."""
 
     code = "memory_budget_exceeded"
-
-
-class ModelUnloaded(Unavailable):
-    """The model was unloaded before this request could run."""
-
-    code = "model_unloaded"
 
 
 class DeadlineExceeded(APIError):

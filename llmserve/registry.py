@@ -305,7 +305,7 @@ class ModelRegistry:
             self._give_back(entry, prepared.memory_bytes)
             raise
         seconds = time.monotonic() - begun
-        entry.statistics.add(loads=1, load_seconds=seconds)
+        entry.statistics.note_load(seconds)
         log.info("loaded %s in %.2f s: %s, %s", entry.spec.id, seconds, engine.info.name, engine.info.reason)
         return engine
 

@@ -12,7 +12,7 @@ import re
 from llmserve.api.context import Request
 from llmserve.api.responses import Response
 from llmserve.config import ServerConfig, is_loopback, split_bind
-from llmserve.errors import ForbiddenHost, InvalidAPIKey, InvalidRequest
+from llmserve.errors import ForbiddenHost, ForbiddenOrigin, InvalidAPIKey
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
@@ -20,13 +20,6 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})  # probes carry no key
 _EXPOSED = "X-Request-Id, X-Cache, Age, X-LLMServe-Ignored, Retry-After, openai-processing-ms"
 _PREFLIGHT_MAX_AGE = "7200"  # seconds; browsers take no more
-
-
-class ForbiddenOrigin(InvalidRequest):
-    """A page of this origin may not change anything here."""
-
-    status = 403
-    code = "forbidden_origin"
 
 
 class Access:

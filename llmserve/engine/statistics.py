@@ -29,13 +29,16 @@ class StatisticsCounter:
         self._lock = threading.Lock()
         self._current = Statistics()  # guarded by _lock
 
-    def add(self, **amounts: float) -> None:
-        """Add to counters by name; `load_seconds` is replaced, for the last load's is what people ask for."""
+    def add(self, **amounts: int) -> None:
+        """Add to counters by name."""
         with self._lock:
-            now = {name: getattr(self._current, name) + amount for name, amount in amounts.items() if name != "load_seconds"}
-            if "load_seconds" in amounts:
-                now["load_seconds"] = amounts["load_seconds"]
+            now = {name: getattr(self._current, name) + amount for name, amount in amounts.items()}
             self._current = replace(self._current, **now)
+
+    def note_load(self, seconds: float) -> None:
+        """Count a load; `load_seconds` is the last one's."""
+        with self._lock:
+            self._current = replace(self._current, loads=self._current.loads + 1, load_seconds=seconds)
 
     def touch(self) -> None:
         """Note that the model was just used."""

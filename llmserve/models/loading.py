@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from llmserve.engine.vocabulary import special_texts
 from llmserve.errors import ModelFileError
 from llmserve.models import adapt, ggml, probe, sources
 from llmserve.models.files import fingerprint, identity
-
-log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LENGTH = 2048
 _BYTES_PER_KV_VALUE = 2  # float16

@@ -1,10 +1,10 @@
 import pytest
 from werkzeug.test import EnvironBuilder
 
-from llmserve.api.access import Access, ForbiddenOrigin
+from llmserve.api.access import Access
 from llmserve.api.context import Request
 from llmserve.config import ServerConfig
-from llmserve.errors import ForbiddenHost, InvalidAPIKey
+from llmserve.errors import ForbiddenHost, ForbiddenOrigin, InvalidAPIKey
 
 
 def request(method="POST", path="/v1/chat/completions", **headers):
