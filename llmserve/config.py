@@ -88,7 +88,7 @@ def _option(default: Any, parser: Parser, doc: str) -> Any:
     return field(default=default, metadata={"parser": parser, "doc": doc})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServerConfig:
     bind: str = _option("127.0.0.1:8080", _text, "HOST:PORT to listen on")
     threads: int = _option(64, _integer(RESERVED_THREADS + 1, 4096), "request threads, one for each answer under way")
@@ -106,14 +106,14 @@ class ServerConfig:
     log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "least severe messages that are logged")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CacheConfig:
     max_entries: int = _option(1024, _integer(0, 10**9), "answers remembered; 0 turns the response cache off")
     max_bytes: int = _option(64 * 1024**2, _size, "memory for remembered answers")
     max_age: float = _option(0.0, _seconds(0), "seconds an answer may be repeated; 0 is no limit")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSpec:
     id: str = _option("", _text, "the model's name in requests")
     source: str = _option("", _text, "a path, pypi:NAME==VERSION#MEMBER or hf:OWNER/REPO/FILE")
@@ -146,7 +146,7 @@ DEFAULT_MODEL = ModelSpec(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Config:
     server: ServerConfig = ServerConfig()
     cache: CacheConfig = CacheConfig()

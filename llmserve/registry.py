@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llmserve.config import ModelSpec
 from llmserve.engine import memory
@@ -65,8 +65,7 @@ class ModelLoader(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
+class ModelStatus(NamedTuple):
     """A snapshot of one model. `created` is in Unix time."""
 
     state: ModelState
@@ -78,8 +77,7 @@ class ModelStatus:
     created: int
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(NamedTuple):
     """A loaded model as the choice of evictions sees it."""
 
     id: str

@@ -6,9 +6,8 @@ import re
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmserve import response_cache
 from llmserve.api import body, render, schema
@@ -30,8 +29,7 @@ _COSTLY_TO_COUNT = 256 * 1024  # characters; tokenizing takes a hundred times th
 _MAX_IGNORED_NAMES = 20
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedChat:
+class ParsedChat(NamedTuple):
     """All that a body says, whatever model answers it. `key` lacks only the model; None is an answer that chance decides."""
 
     request: ChatRequest
@@ -41,8 +39,7 @@ class ParsedChat:
     headers: HeaderList
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendering:
+class _Rendering(NamedTuple):
     """What is kept with a remembered answer for those who want it whole."""
 
     rest: bytes

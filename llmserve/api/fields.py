@@ -7,8 +7,7 @@ checks a request can describe it too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from llmserve.errors import InvalidParameter
 
@@ -33,11 +32,13 @@ class Parser(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class String:
+class String(NamedTuple):
     min_length: int = 0
     max_length: int | None = None
-    noun: ClassVar[str] = "a string"
+
+    @property
+    def noun(self) -> str:
+        return "a string"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, str)
@@ -48,13 +49,15 @@ class String:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Integer:
+class Integer(NamedTuple):
     """Written without a fraction: 1.0 is not one, nor is true."""
 
     minimum: int
     maximum: int
-    noun: ClassVar[str] = "an integer"
+
+    @property
+    def noun(self) -> str:
+        return "an integer"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -65,11 +68,13 @@ class Integer:
         return int(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Number:
+class Number(NamedTuple):
     minimum: float
     maximum: float
-    noun: ClassVar[str] = "a decimal"
+
+    @property
+    def noun(self) -> str:
+        return "a decimal"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -80,9 +85,8 @@ class Number:
         return float(value)
 
 
-@dataclass(frozen=True, slots=True)
 class Boolean:
-    noun: ClassVar[str] = "a boolean"
+    noun = "a boolean"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, bool)
@@ -92,12 +96,14 @@ class Boolean:
         return bool(value)
 
 
-@dataclass(frozen=True, slots=True)
-class OneOf:
+class OneOf(NamedTuple):
     """One of a few strings."""
 
     values: tuple[str, ...]
-    noun: ClassVar[str] = "a string"
+
+    @property
+    def noun(self) -> str:
+        return "a string"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, str)
@@ -109,8 +115,7 @@ class OneOf:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(NamedTuple):
     item: Parser
     min_length: int = 0
     max_length: int | None = None
@@ -128,11 +133,10 @@ class Array:
         return tuple(self.item.parse(item, f"{path}[{index}]", ignored) for index, item in enumerate(value))
 
 
-@dataclass(frozen=True, slots=True)
 class Object:
     """Any object; its members are not looked at."""
 
-    noun: ClassVar[str] = "an object"
+    noun = "an object"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, dict)
@@ -142,14 +146,16 @@ class Object:
         return dict(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Strings:
+class Strings(NamedTuple):
     """An object whose values are strings."""
 
     max_properties: int
     key: String
     value: String
-    noun: ClassVar[str] = "an object"
+
+    @property
+    def noun(self) -> str:
+        return "an object"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, dict)
@@ -165,8 +171,7 @@ class Strings:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Nullable:
+class Nullable(NamedTuple):
     """Null is a value of its own here, where it otherwise is the same as a field that is not there."""
 
     parser: Parser
@@ -182,8 +187,7 @@ class Nullable:
         return None if value is None else self.parser.parse(value, path, ignored)
 
 
-@dataclass(frozen=True, slots=True)
-class Either:
+class Either(NamedTuple):
     """One of two types."""
 
     first: Parser
@@ -201,8 +205,7 @@ class Either:
         return (self.first if self.first.accepts(value) else self.second).parse(value, path, ignored)
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
+class Unsupported(NamedTuple):
     """A known parameter that cannot be honoured: only the values that ask for nothing are taken."""
 
     parser: Parser
@@ -223,47 +226,67 @@ class Unsupported:
             )
 
 
-@dataclass(frozen=True, slots=True)
+class Field(NamedTuple):
+    """A member of a `Struct`; one without a default must be there."""
+
+    parser: Parser
+    default: Any = ...
+
+
 class Struct:
-    """An object parsed into a dataclass, whose fields are made with `required` and `optional`."""
+    """An object with the members that a subclass declares as attributes, with `required` and `optional`.
 
-    cls: type
-    noun: ClassVar[str] = "an object"
-    _parsers: Mapping[str, Parser] = field(init=False, repr=False)
-    _required: tuple[str, ...] = field(init=False, repr=False)
+    Each subclass is a parser and what it parses into: `accepts` and `parse` are the class's own. Its instances are immutable.
+    """
 
-    def __post_init__(self) -> None:
-        declared = fields(self.cls)
-        object.__setattr__(self, "_parsers", {each.name: each.metadata["parser"] for each in declared})
-        object.__setattr__(self, "_required", tuple(each.name for each in declared if each.default is MISSING))
+    noun = "an object"
+    declared: ClassVar[Mapping[str, Field]]
 
-    def accepts(self, value: JSON) -> bool:
+    def __init_subclass__(cls) -> None:
+        cls.declared = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
+        for name, value in cls.declared.items():
+            setattr(cls, name, value.default)
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and all(getattr(self, name) == getattr(other, name) for name in self.declared)
+
+    @classmethod
+    def accepts(cls, value: JSON) -> bool:
         return isinstance(value, dict)
 
-    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
-        _check_type(self, value, path)
+    @classmethod
+    def parse(cls, value: JSON, path: str, ignored: list[str]) -> Self:
+        _check_type(cls, value, path)
         prefix = f"{path}." if path else ""
         values = {}
         for name, item in value.items():
-            parser = self._parsers.get(name)
-            if parser is None:
+            field = cls.declared.get(name)
+            if field is None:
                 if item is not None:
                     ignored.append(prefix + name)
-            elif item is not None or parser.accepts(None):
-                values[name] = parser.parse(item, prefix + name, ignored)
-        for name in self._required:
-            if name not in values:
+            elif item is not None or field.parser.accepts(None):
+                values[name] = field.parser.parse(item, prefix + name, ignored)
+        for name, field in cls.declared.items():
+            if field.default is ... and name not in values:
                 raise missing(prefix + name)
-        return self.cls(**values)
+        return cls(**values)
 
 
-@dataclass(frozen=True, slots=True)
-class Tagged:
+class Tagged(NamedTuple):
     """Objects of several kinds, told apart by the string in `tag`."""
 
     tag: str
     kinds: Mapping[str, Parser]
-    noun: ClassVar[str] = "an object"
+
+    @property
+    def noun(self) -> str:
+        return "an object"
 
     def accepts(self, value: JSON) -> bool:
         return isinstance(value, dict)
@@ -283,12 +306,12 @@ class Tagged:
 
 def required(parser: Parser) -> Any:
     """A field that must be there."""
-    return field(metadata={"parser": parser})
+    return Field(parser)
 
 
 def optional(parser: Parser, default: Any = None) -> Any:
     """A field that may be left out or null."""
-    return field(default=default, metadata={"parser": parser})
+    return Field(parser, default)
 
 
 def missing(path: str) -> InvalidParameter:

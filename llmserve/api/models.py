@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from llmserve.api.context import Context, Request
 from llmserve.api.fields import JSON, OneOf, missing
@@ -59,6 +58,6 @@ def _details(ctx: Context, spec: ModelSpec, name: str) -> dict[str, JSON]:
         "slots": info.num_slots if info else None,
         "running": status.running,
         "waiting": status.waiting,
-        "statistics": asdict(status.statistics),
+        "statistics": status.statistics._asdict(),
         "memory": {"weights": info.weights_bytes, "kv_cache": info.kv_cache_bytes} if info else None,
     }

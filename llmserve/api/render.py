@@ -41,11 +41,11 @@ def completion(n: int, events: Iterable[Event], tally: Tally) -> dict[str, JSON]
     finish_reasons: dict[int, str] = {}
     for event in events:
         if isinstance(event, Delta):
-            texts[event.index].append(event.text)
+            texts[event.choice].append(event.text)
             continue
         tally.add(event)
         if isinstance(event, ChoiceEnd):
-            finish_reasons[event.index] = event.finish_reason
+            finish_reasons[event.choice] = event.finish_reason
     choices = [_choice(index, "".join(texts[index]), finish_reasons[index]) for index in range(n)]
     return {"choices": choices, "usage": tally.usage()}
 
@@ -79,12 +79,12 @@ class ChunkStream:
         chunks, self._held = self._held, []
         for event in events:
             if isinstance(event, Delta):
-                chunks.append(self._chunk(event.index, {"content": event.text}, None))
+                chunks.append(self._chunk(event.choice, {"content": event.text}, None))
                 continue
             self.tally.add(event)
             if isinstance(event, ChoiceEnd):
                 self._num_open -= 1
-                chunks.append(self._chunk(event.index, {}, event.finish_reason))
+                chunks.append(self._chunk(event.choice, {}, event.finish_reason))
             else:
                 self.ended = True
                 if self._nullable_usage:

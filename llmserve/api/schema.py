@@ -6,8 +6,6 @@ A struct's fields have the names of the wire; its methods give what the engine u
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import ClassVar
 
 from llmserve.api.fields import (
     JSON,
@@ -42,14 +40,12 @@ def _refuse_constant(name: str) -> JSON:
 _DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextPart:
+class TextPart(Struct):
     type: str = required(String())
     text: str = required(String())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefusalPart:
+class RefusalPart(Struct):
     type: str = required(String())
     refusal: str = required(String())
 
@@ -58,14 +54,13 @@ class RefusalPart:
         return self.refusal
 
 
-_TEXT = Either(String(), Array(Tagged("type", {"text": Struct(TextPart)})))
-_ASSISTANT_CONTENT = Either(String(), Array(Tagged("type", {"text": Struct(TextPart), "refusal": Struct(RefusalPart)})))
+_TEXT = Either(String(), Array(Tagged("type", {"text": TextPart})))
+_ASSISTANT_CONTENT = Either(String(), Array(Tagged("type", {"text": TextPart, "refusal": RefusalPart})))
 
 Content = str | tuple[TextPart | RefusalPart, ...] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FunctionCall:
+class FunctionCall(Struct):
     name: str = required(String())
     arguments: str = required(String())
 
@@ -78,18 +73,16 @@ class FunctionCall:
         return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else self.arguments}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
+class ToolCall(Struct):
     type: str = optional(OneOf(("function",)), "function")
     id: str = required(String())
-    function: FunctionCall = required(Struct(FunctionCall))
+    function: FunctionCall = required(FunctionCall)
 
     def for_template(self) -> dict[str, JSON]:
         return {"id": self.id, "type": "function", "function": self.function.for_template()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SystemMessage:
+class SystemMessage(Struct):
     """From the developer: the current name of the same role."""
 
     role: str = required(String())
@@ -100,8 +93,7 @@ class SystemMessage:
         return _named({"role": "system", "content": _text(self.content)}, self.name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserMessage:
+class UserMessage(Struct):
     role: str = required(String())
     content: Content = required(Nullable(_TEXT))
     name: str | None = optional(String())
@@ -110,13 +102,12 @@ class UserMessage:
         return _named({"role": "user", "content": _text(self.content)}, self.name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AssistantMessage:
+class AssistantMessage(Struct):
     role: str = required(String())
     content: Content = optional(_ASSISTANT_CONTENT)
     refusal: str | None = optional(String())
     name: str | None = optional(String())
-    tool_calls: tuple[ToolCall, ...] = optional(Array(Struct(ToolCall)), ())
+    tool_calls: tuple[ToolCall, ...] = optional(Array(ToolCall), ())
     function_call: None = optional(Unsupported(Object()))
     audio: None = optional(Unsupported(Object()))
 
@@ -127,8 +118,7 @@ class AssistantMessage:
         return message
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolMessage:
+class ToolMessage(Struct):
     role: str = required(String())
     content: Content = required(Nullable(_TEXT))
     tool_call_id: str = required(String(min_length=1))
@@ -144,17 +134,16 @@ Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 _MESSAGE = Tagged(
     "role",
     {
-        "system": Struct(SystemMessage),
-        "developer": Struct(SystemMessage),
-        "user": Struct(UserMessage),
-        "assistant": Struct(AssistantMessage),
-        "tool": Struct(ToolMessage),
+        "system": SystemMessage,
+        "developer": SystemMessage,
+        "user": UserMessage,
+        "assistant": AssistantMessage,
+        "tool": ToolMessage,
     },
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
+class StreamOptions(Struct):
     include_usage: bool = optional(Boolean(), False)
     include_obfuscation: bool = optional(Boolean(), False)  # padding against eavesdroppers: none is ever sent
 
@@ -162,8 +151,7 @@ class StreamOptions:
 _RESPONSE_FORMAT = Tagged("type", dict.fromkeys(("text", "json_object", "json_schema"), Object()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
+class ChatRequest(Struct):
     """The body of POST /v1/chat/completions: what is honoured, what is only checked, what is refused."""
 
     model: str = required(String())
@@ -173,7 +161,7 @@ class ChatRequest:
     n: int = optional(Integer(1, 128), 1)
     stop: str | tuple[str, ...] = optional(Either(String(1), Array(String(1), max_length=_MAX_STOP_STRINGS)), ())
     stream: bool = optional(Boolean(), False)
-    stream_options: StreamOptions | None = optional(Struct(StreamOptions))
+    stream_options: StreamOptions | None = optional(StreamOptions)
     seed: int | None = optional(Integer(-(2**63), 2**63 - 1))
     temperature: float = optional(Number(0, 2), 1.0)
     top_p: float = optional(Number(0, 1), 1.0)
@@ -209,8 +197,6 @@ class ChatRequest:
     web_search_options: None = optional(Unsupported(Object()))
     moderation: None = optional(Unsupported(Object()))
 
-    PARSER: ClassVar[Struct]
-
     @property
     def token_limit(self) -> int | None:
         """Most tokens of one choice; None is what the context leaves."""
@@ -237,15 +223,12 @@ class ChatRequest:
         )
 
 
-ChatRequest.PARSER = Struct(ChatRequest)
-
-
 def parse_chat(body: dict[str, JSON]) -> tuple[ChatRequest, list[str]]:
     """A checked chat request, and the paths of the fields that nothing knows. Raises InvalidRequest."""
     if body.get("model") is None:
         raise InvalidRequest("you must provide a model parameter")
     ignored: list[str] = []
-    chat: ChatRequest = ChatRequest.PARSER.parse(body, "", ignored)
+    chat = ChatRequest.parse(body, "", ignored)
     if chat.stream_options is not None and not chat.stream:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise InvalidParameter(message, param="stream_options", code=None)

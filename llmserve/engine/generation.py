@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from llmserve.errors import APIError
 
@@ -20,8 +20,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(NamedTuple):
     """How the next token is chosen. The defaults sample from the model's own distribution.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and the other penalties 0 are off.
@@ -38,35 +37,31 @@ class SamplingParams:
     seed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
+class GenerationParams(NamedTuple):
     """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt."""
 
     max_tokens: int
     n: int = 1
     stop: tuple[str, ...] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = SamplingParams()
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New text of choice `index`: never empty, never half a character, never part of a stop string."""
+class Delta(NamedTuple):
+    """New text of one choice: never empty, never half a character, never part of a stop string."""
 
-    index: int
+    choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceEnd:
-    """Choice `index` is complete. `num_output_tokens` counts every sampled token but EOS: stop strings' tokens too."""
+class ChoiceEnd(NamedTuple):
+    """One choice is complete. `num_output_tokens` counts every sampled token but EOS: stop strings' tokens too."""
 
-    index: int
+    choice: int
     finish_reason: FinishReason
     num_output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationEnd:
+class GenerationEnd(NamedTuple):
     """The last event of a generation that went well. Times are in seconds."""
 
     num_prompt_tokens: int
@@ -76,8 +71,7 @@ class GenerationEnd:
     decode_time: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(NamedTuple):
     """The last event of a generation that did not."""
 
     error: APIError

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(NamedTuple):
     """A snapshot. Tokens are those of ended generations; times are in seconds, `last_used` in Unix time."""
 
     requests: int = 0
@@ -33,17 +32,17 @@ class StatisticsCounter:
         """Add to counters by name."""
         with self._lock:
             now = {name: getattr(self._current, name) + amount for name, amount in amounts.items()}
-            self._current = replace(self._current, **now)
+            self._current = self._current._replace(**now)
 
     def note_load(self, seconds: float) -> None:
         """Count a load; `load_seconds` is the last one's."""
         with self._lock:
-            self._current = replace(self._current, loads=self._current.loads + 1, load_seconds=seconds)
+            self._current = self._current._replace(loads=self._current.loads + 1, load_seconds=seconds)
 
     def touch(self) -> None:
         """Note that the model was just used."""
         with self._lock:
-            self._current = replace(self._current, last_used=time.time())
+            self._current = self._current._replace(last_used=time.time())
 
     def snapshot(self) -> Statistics:
         with self._lock:

@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import pytest
 
 from llmserve.api.fields import (
@@ -22,14 +20,13 @@ from llmserve.api.fields import (
 from llmserve.errors import InvalidParameter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(Struct):
     x: int = required(Integer(0, 9))
     label: str | None = optional(String())
     note: str | None = required(Nullable(String()))
 
 
-TEXT_OR_POINTS = Either(String(), Array(Struct(Point)))
+TEXT_OR_POINTS = Either(String(), Array(Point))
 
 
 def error_of(parser, value, path="p"):
@@ -156,17 +153,17 @@ def test_a_huge_value_is_not_repeated_whole():
 
 @pytest.mark.parametrize("value", [{}, {"x": None}, {"x": None, "note": "n"}])
 def test_a_required_field_must_be_there_and_not_null(value):
-    error = error_of(Struct(Point), value)
+    error = error_of(Point, value)
     assert (error.code, error.param) == ("missing_required_parameter", "p.x")
 
 
 def test_null_is_the_same_as_absent_unless_it_is_a_value_of_its_own():
-    assert Struct(Point).parse({"x": 1, "label": None, "note": None}, "", []) == Point(x=1, note=None)
-    assert error_of(Struct(Point), {"x": 1}).param == "p.note"
+    assert Point.parse({"x": 1, "label": None, "note": None}, "", []) == Point(x=1, note=None)
+    assert error_of(Point, {"x": 1}).param == "p.note"
 
 
 def test_a_path_leads_to_the_wrong_value():
-    nested = Array(Array(Struct(Point)))
+    nested = Array(Array(Point))
     assert error_of(nested, [[], [{"x": 1, "note": 5}]]).param == "p[1][0].note"
     assert error_of(Tagged("type", {}), {}).param == "p.type"
     assert error_of(Tagged("type", {}), {"type": 1}).code == "invalid_type"
@@ -175,8 +172,8 @@ def test_a_path_leads_to_the_wrong_value():
 
 def test_unknown_fields_are_collected_with_their_paths_but_not_when_null():
     ignored = []
-    Array(Struct(Point)).parse([{"x": 1, "note": "", "y": 2, "z": None}], "points", ignored)
-    Struct(Point).parse({"x": 1, "note": "", "w": 3}, "", ignored)
+    Array(Point).parse([{"x": 1, "note": "", "y": 2, "z": None}], "points", ignored)
+    Point.parse({"x": 1, "note": "", "w": 3}, "", ignored)
     assert ignored == ["points[0].y", "w"]
 
 

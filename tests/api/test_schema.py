@@ -42,7 +42,7 @@ class TestParameters:
         assert (chat.n, chat.stream, chat.stop_strings, chat.token_limit, chat.include_usage) == (1, False, (), None, False)
 
     def test_null_is_the_default_everywhere(self):
-        nulls = dict.fromkeys(set(ChatRequest.__dataclass_fields__) - {"model", "messages"})
+        nulls = dict.fromkeys(set(ChatRequest.declared) - {"model", "messages"})
         assert parse(**nulls) == parse()
 
     def test_sampling_parameters_reach_the_sampler(self):

@@ -44,7 +44,7 @@ def chat_ids(engine, content="hi"):
 
 
 def text_of(events, index=0):
-    return "".join(event.text for event in events if isinstance(event, Delta) and event.index == index)
+    return "".join(event.text for event in events if isinstance(event, Delta) and event.choice == index)
 
 
 def run(engine, prompt_ids, **params):
@@ -297,7 +297,7 @@ def test_whatever_is_submitted_and_cancelled_every_slot_is_free_in_the_end(engin
             generation.close()
     for generation, n in kept:
         events = list(generation.events(TIMEOUT))
-        assert [event.index for event in events if isinstance(event, ChoiceEnd)] == list(range(n))
+        assert [event.choice for event in events if isinstance(event, ChoiceEnd)] == list(range(n))
         assert isinstance(events[-1], GenerationEnd)
     assert engine.drain(TIMEOUT)
     assert len(engine._idle) == num_slots
