@@ -15,12 +15,11 @@ from werkzeug.exceptions import NotFound
 from werkzeug.http import HTTP_STATUS_CODES
 
 from llmserve import config as configuration
-from llmserve.api import chat
 from llmserve.api.access import Access
 from llmserve.api.connection import ClientGone
 from llmserve.api.context import Context, Request
 from llmserve.api.responses import CLIENT_GONE, Response, error_response, internal_error
-from llmserve.api.urls import LONG, URLS
+from llmserve.api.urls import LONG, URLS, handler, preload
 from llmserve.config import RESERVED_THREADS, Config
 from llmserve.errors import APIError, MethodNotAllowed, QueueFull, UnknownURL
 from llmserve.registry import ModelRegistry
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED = 256  # entries of what is remembered of URLs and bodies, so that a cached answer costs little more than its lookup
+_REMEMBERED_URLS = 256
 _CLIENT_CLOSED_REQUEST = 499  # nobody receives it; the log tells it apart
 
 
@@ -47,7 +46,7 @@ def create_app(config: Config | str | Path | None = None, *, registry: ModelRegi
     if registry is None:
         settled = config
         registry = ModelRegistry(settled.models, lambda: _make_loader(settled), settled.server.memory_budget)
-    app = App(Context(config, registry, ResponseCache(config.cache), lru_cache(_REMEMBERED)(chat.parse)))
+    app = App(Context(config, registry, ResponseCache(config.cache)))
     app.start()
     return app
 
@@ -56,6 +55,7 @@ def _make_loader(config: Config) -> ModelLoader:
     """Called in the first loading thread: what it imports would delay the first answer of /health."""
     from llmserve.models.loading import Loader
 
+    preload()
     return Loader(config.server)
 
 
@@ -67,7 +67,7 @@ class App:
         self._context = context
         self._access = Access(server)
         self._urls = URLS.bind("")
-        self._match = lru_cache(_REMEMBERED)(self._urls.match)
+        self._match = lru_cache(_REMEMBERED_URLS)(self._urls.match)
         self._gate = Gate(server.threads - RESERVED_THREADS)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -117,7 +117,7 @@ class App:
             allowed = self._allowed(request)
             message = f"{request.method} is not allowed on {request.path}; allowed are {', '.join(allowed)}."
             raise MethodNotAllowed(message, allowed=allowed) from None
-        answer = partial(endpoint, self._context, request, **arguments)
+        answer = partial(handler(endpoint), self._context, request, **arguments)
         return self._pass_gate(answer) if endpoint in LONG else answer()
 
     def _pass_gate(self, answer: Callable[[], Response]) -> Response:

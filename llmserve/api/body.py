@@ -6,8 +6,8 @@ from typing import IO
 
 from werkzeug.wsgi import get_content_length
 
+from llmserve.api import JSON
 from llmserve.api.context import Request
-from llmserve.api.fields import JSON
 from llmserve.api.schema import parse_json
 from llmserve.errors import BodyTooLarge, InvalidRequest, UnsupportedContentType
 

@@ -6,14 +6,14 @@ import re
 import time
 from collections.abc import Iterator
 from copy import copy
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmserve import response_cache
-from llmserve.api import body, render, schema
+from llmserve.api import JSON, body, render, schema
 from llmserve.api.connection import LOOK_INTERVAL, Watch
 from llmserve.api.context import Context, Request, unique
-from llmserve.api.fields import JSON
 from llmserve.api.render import ChunkStream, Tally
 from llmserve.api.responses import DONE, HeaderList, Response, encode, encoded_response, event_stream, frame
 from llmserve.api.schema import ChatRequest
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmserve.engine.engine import Engine
 
 _LARGEST_REMEMBERED_BODY = 8192  # bytes
+_REMEMBERED_BODIES = 256
 _COSTLY_TO_COUNT = 256 * 1024  # characters; tokenizing takes a hundred times the text's memory for a moment
 _MAX_IGNORED_NAMES = 20
 
@@ -55,11 +56,14 @@ def parse(data: bytes) -> ParsedChat:
     return ParsedChat(chat, messages, sampling, key, [("X-LLMServe-Ignored", _listing(ignored))] if ignored else [])
 
 
+_parse_again = lru_cache(_REMEMBERED_BODIES)(parse)  # so that a cached answer costs little more than its lookup
+
+
 def create(ctx: Context, request: Request) -> Response:
     """Answer a chat, whole or as a stream."""
     server = ctx.config.server
     data = body.read(request, server.max_body_size)
-    parsed = ctx.parse_chat(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data)
+    parsed = _parse_again(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data)
     chat = parsed.request
     model_id = ctx.registry.resolve(chat.model).id
     request.record.model = model_id

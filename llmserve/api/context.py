@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import getrandbits
 from typing import TYPE_CHECKING
 
 from werkzeug import Request as WerkzeugRequest
 
-from llmserve.api.render import Tally
 from llmserve.config import Config
 from llmserve.registry import ModelRegistry
 from llmserve.response_cache import ResponseCache
@@ -20,7 +18,7 @@ from llmserve.response_cache import ResponseCache
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from llmserve.api.chat import ParsedChat
+    from llmserve.api.render import Tally
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -32,7 +30,6 @@ class Context:
     config: Config
     registry: ModelRegistry
     cache: ResponseCache
-    parse_chat: Callable[[bytes], ParsedChat]
     started: float = field(default_factory=time.monotonic)
     draining: threading.Event = field(default_factory=threading.Event)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+from llmserve.api import JSON
 from llmserve.errors import InvalidParameter
 
-JSON = Any
 _LONGEST_ECHO = 64  # characters of a client's value that an error repeats
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmserve.api import JSON
 from llmserve.api.context import Context, Request
-from llmserve.api.fields import JSON, OneOf, missing
+from llmserve.api.fields import OneOf, missing
 from llmserve.api.responses import Response, json_response
 from llmserve.config import ModelSpec
 

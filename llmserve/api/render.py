@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmserve.api.fields import JSON
+from llmserve.api import JSON
 from llmserve.engine.generation import ChoiceEnd, Delta, Event, GenerationEnd
 
 

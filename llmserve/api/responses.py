@@ -8,9 +8,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 
+from llmserve.api import JSON
 from llmserve.api.connection import ClientGone
 from llmserve.api.context import Request
-from llmserve.api.fields import JSON
 from llmserve.errors import APIError, InvalidAPIKey, MethodNotAllowed, ModelLoadFailed, Unavailable
 
 HeaderList = list[tuple[str, str]]

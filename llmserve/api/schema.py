@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
+from llmserve.api import JSON
 from llmserve.api.fields import (
-    JSON,
     Array,
     Boolean,
     Either,
