@@ -229,3 +229,14 @@ def pss(pid: int) -> dict[str, int]:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss")}
     return {"total": kib["Pss"] * 1024, "anon": kib["Pss_Anon"] * 1024, "file": kib["Pss_File"] * 1024}
+
+
+def cpu_times() -> list[int]:
+    """Clock ticks of all cores since boot: user, nice, system, idle, iowait, irq, softirq, steal (proc(5), /proc/stat)."""
+    return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+
+def steal(before: list[int], after: list[int]) -> float:
+    """The share of the cores' time between two `cpu_times` that the host gave to other virtual machines."""
+    passed = [later - earlier for earlier, later in zip(before, after, strict=True)]
+    return passed[7] / max(1, sum(passed))

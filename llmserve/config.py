@@ -128,7 +128,7 @@ class ModelSpec:
     )
     slots: int = _option(4, _integer(1, 64), "answers made at the same time")
     max_waiting: int = _option(32, _integer(0, 4096), "requests that may wait for a slot; one more is refused")
-    prefill_chunk: int = _option(64, _integer(1, 4096), "prompt tokens evaluated in one go")
+    prefill_chunk: int = _option(32, _integer(1, 4096), "prompt tokens evaluated in one go")
     prefix_cache: bool = _option(True, _boolean, "keep a prompt's KV cache for the next prompt that begins alike")
     chat_template: str = _option("", _string, "Jinja template, or the path of one, instead of the file's own")
     load: str = _option("startup", _one_of("startup", "on_demand"), "when it is loaded")

@@ -30,7 +30,6 @@ from llmserve.errors import APIError, EngineFailed, QueueFull, ShuttingDown
 log = logging.getLogger(__name__)
 
 _SECONDS_PER_REQUEST_AT_FIRST = 5.0
-_SHORT_CHUNK = 32  # prompt tokens; about as fast with one thread as a longer one
 _LONGEST_RETRY_AFTER = 60.0  # openai-python does not retry at all when told to wait for more than two minutes
 
 
@@ -67,7 +66,7 @@ class EngineSettings:
     """`prefill_chunk` is rounded up to the backend's grid."""
 
     max_waiting: int = 32
-    prefill_chunk: int = 64
+    prefill_chunk: int = 32
     prefix_cache: bool = True
 
 
@@ -267,20 +266,13 @@ class Engine:
         slot.truncate(num_cached)
         if index == 0:
             job.num_cached_tokens = num_cached
-        position = num_cached
+        position, grid = num_cached, slot.backend.grid
         while True:
-            end = self._chunk_end(slot, position, len(job.prompt_ids))
+            end = min((position + max(self._settings.prefill_chunk, grid)) // grid * grid, len(job.prompt_ids))
             logits = self._forward(slot, job, job.prompt_ids[position:end])
             position = end
             if position == len(job.prompt_ids):
                 return logits
-
-    def _chunk_end(self, slot: Slot, position: int, num_prompt_tokens: int) -> int:
-        """A long chunk is faster with several threads; a short one lets others, and who wants it cancelled, in between."""
-        alone = self._stall_guard.limit > 1 and not self._budget.contended
-        chunk = self._settings.prefill_chunk if alone else min(self._settings.prefill_chunk, _SHORT_CHUNK)
-        grid = slot.backend.grid
-        return min((position + max(chunk, grid)) // grid * grid, num_prompt_tokens)
 
     def _forward(self, slot: Slot, job: _Job, token_ids: list[int]) -> Logits:
         """One forward pass within the compute budget, unless nobody wants its result any more."""

@@ -10,12 +10,13 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, overload
 
 from llmserve.errors import ModelFileError
 
@@ -27,8 +28,44 @@ DEFAULT_ALIGNMENT = 32
 FIRST_READ_SIZE = 4 * 1024**2  # holds most headers whole
 
 T = TypeVar("T", bool, int, float, str, tuple[Any, ...])
+
+
+class Strings(Sequence[str]):
+    """An array of strings as the file spells it, decoded when it is looked at. Immutable.
+
+    Those of a vocabulary are 10^5. As objects they would take ten times the file's bytes, and what they leave between
+    objects that live longer does not go back to the system.
+    """
+
+    def __init__(self, data: bytes, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """The string `i` is `data[starts[i]:ends[i]]`."""
+        self._data = data
+        self._starts = starts
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[str]:
+        data = self._data
+        for start, end in zip(self._starts, self._ends, strict=True):
+            yield data[start:end].decode("utf-8", "surrogateescape")
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Strings: ...
+    def __getitem__(self, index: int | slice) -> str | Strings:
+        if isinstance(index, slice):
+            return Strings(self._data, self._starts[index], self._ends[index])
+        return self._data[self._starts[index] : self._ends[index]].decode("utf-8", "surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+
 Scalar = bool | int | float | str
-Value = Scalar | tuple[Scalar, ...]
+Value = Scalar | tuple[Scalar, ...] | Strings
 
 
 class ValueType(IntEnum):
@@ -128,7 +165,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A header. Arrays are tuples; text that is not UTF-8 holds surrogate escapes. Sizes and offsets are in bytes.
+    """A header. Arrays are tuples, or `Strings`; text that is not UTF-8 holds surrogate escapes. Sizes and offsets are in bytes.
 
     `types` has the type of each value of `metadata`, and of the elements when that value is an array.
     """
@@ -239,7 +276,7 @@ def _parse_metadata(reader: _Reader, num_keys: int) -> tuple[dict[str, Value], d
     metadata: dict[str, Value] = {}
     types: dict[str, ValueType] = {}
     for _ in range(num_keys):
-        (key,) = reader.strings(1)
+        key = reader.string()
         if key in metadata:
             raise _Malformed(f"is damaged: its header has the key {key!r} twice")
         metadata[key], types[key] = _parse_value(reader)
@@ -249,7 +286,7 @@ def _parse_metadata(reader: _Reader, num_keys: int) -> tuple[dict[str, Value], d
 def _parse_value(reader: _Reader) -> tuple[Value, ValueType]:
     value_type = _value_type(reader)
     if value_type is not ValueType.ARRAY:
-        return reader.values(value_type, 1)[0], value_type
+        return reader.string() if value_type is ValueType.STRING else reader.values(value_type, 1)[0], value_type
     element_type = _value_type(reader)
     if element_type is ValueType.ARRAY:  # the format allows them, llama.cpp does not
         raise _Malformed("has an array of arrays in its header, which is not supported")
@@ -267,7 +304,7 @@ def _value_type(reader: _Reader) -> ValueType:
 def _parse_tensors(reader: _Reader, num_tensors: int) -> Iterator[TensorInfo]:
     reader.need(num_tensors * struct.calcsize("<QIIQ"))
     for _ in range(num_tensors):
-        (name,) = reader.strings(1)
+        name = reader.string()
         (num_dimensions,) = reader.unpack("<I")
         if num_dimensions > MAX_DIMENSIONS:
             raise _Malformed(f"is damaged: its tensor {name!r} has {num_dimensions} dimensions")
@@ -322,31 +359,38 @@ class _Reader:
         self.position += num_bytes
         return struct.unpack_from(form, self.data, self.position - num_bytes)
 
-    def values(self, value_type: ValueType, count: int) -> tuple[Scalar, ...]:
+    def string(self) -> str:
+        (length,) = self.unpack("<Q")
+        self.need(length)
+        self.position += length
+        return self.data[self.position - length : self.position].decode("utf-8", "surrogateescape")
+
+    def values(self, value_type: ValueType, count: int) -> tuple[Scalar, ...] | Strings:
         if value_type is ValueType.STRING:
             return self.strings(count)
         form = _FORMATS[value_type]
         self.need(count * struct.calcsize(f"<{form}"))  # first: an absurd count is no valid format
         return self.unpack(f"<{count}{form}")
 
-    def strings(self, count: int) -> tuple[str, ...]:
+    def strings(self, count: int) -> Strings:
         """A vocabulary has 10^5 of them, so nothing is checked in the loop but that each length lies within the data."""
         self.need(8 * count)
         data, end, unpack = self.data, self.position, struct.Struct("<Q").unpack_from
-        strings = []
+        starts, ends = array("Q"), array("Q")
         for _ in range(count):
             if end + 8 > len(data):
                 break
             start = end + 8
             end = start + unpack(data, end)[0]
-            strings.append(data[start:end].decode("utf-8", "surrogateescape"))
+            starts.append(start)
+            ends.append(min(end, self.size))
         self.position = end
-        self.need(8 * (count - len(strings)))
-        return tuple(strings)
+        self.need(8 * (count - len(starts)))
+        return Strings(data, starts, ends)
 
 
 def _pack_value(value: Value, value_type: ValueType) -> Iterator[bytes]:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | Strings):
         yield struct.pack("<IIQ", ValueType.ARRAY, value_type, len(value))
     else:
         yield struct.pack("<I", value_type)

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
+from llmserve.engine.gguf import Strings
 from llmserve.errors import ModelFileError
 
 Metadata = Mapping[str, Any]
 """A GGUF file's keys and values. Text that is not UTF-8 holds surrogate escapes."""
+
+
+class Pieces(Sequence[bytes]):
+    """The bytes of every token, by id. Immutable. One block of memory: as objects they would take five times as much."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        data, ends = bytearray(), array("I", [0])
+        for piece in pieces:
+            data += piece
+            ends.append(len(data))
+        self._data, self._ends = bytes(data), ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, token_id: int) -> bytes: ...
+    @overload
+    def __getitem__(self, token_id: slice) -> list[bytes]: ...
+    def __getitem__(self, token_id: int | slice) -> bytes | list[bytes]:
+        if isinstance(token_id, slice):
+            return [self[each] for each in range(*token_id.indices(len(self)))]
+        return self._data[self._ends[token_id] : self._ends[token_id + 1]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +48,7 @@ class Vocabulary:
     A piece has the exact bytes of its token, none for tokens that are no text. EOS ids end a text or a turn.
     """
 
-    pieces: Sequence[bytes]
+    pieces: Pieces
     control_texts: Mapping[str, int]
     user_texts: Mapping[str, int]
     eos_token_ids: frozenset[int]
@@ -34,14 +62,12 @@ class Vocabulary:
     @classmethod
     def from_bpe(cls, metadata: Metadata, *, add_bos: bool) -> Vocabulary:
         """Of a GGUF file with byte-level BPE, adding BOS by default or not. Raises ModelFileError."""
-        tokens = _tokens(metadata)
-        return _vocabulary(metadata, tokens, [_bpe_piece(*token) for token in tokens], add_bos)
+        return _vocabulary(metadata, _bpe_piece, add_bos)
 
     @classmethod
     def from_spm(cls, metadata: Metadata) -> Vocabulary:
         """Of a GGUF file with a SentencePiece tokenizer. Raises ModelFileError."""
-        tokens = _tokens(metadata)
-        return _vocabulary(metadata, tokens, [_spm_piece(*token) for token in tokens], add_bos=True)
+        return _vocabulary(metadata, _spm_piece, add_bos=True)
 
     @classmethod
     def from_pieces(cls, pieces: Sequence[bytes]) -> Vocabulary:
@@ -51,7 +77,7 @@ class Vocabulary:
         }
         silent = set(controls.values())
         return cls(
-            pieces=[b"" if token_id in silent else piece for token_id, piece in enumerate(pieces)],
+            pieces=Pieces(b"" if token_id in silent else piece for token_id, piece in enumerate(pieces)),
             control_texts=controls,
             user_texts={},
             eos_token_ids=frozenset(controls[text] for text in _END_TEXTS if text in controls),
@@ -74,9 +100,11 @@ def token_texts(metadata: Metadata) -> Sequence[str]:
 def strings(metadata: Metadata, key: str) -> Sequence[str]:
     """The value of `key`, which must be a list of strings and not empty. Raises ModelFileError."""
     value = metadata.get(key)
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, str) for item in value):
-        raise ModelFileError(f"The model file has no {key} that could be used.")
-    return value
+    if isinstance(value, Strings) or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
+        texts: Sequence[str] = value
+        if texts:
+            return texts
+    raise ModelFileError(f"The model file has no {key} that could be used.")
 
 
 # Values of tokenizer.ggml.token_type (docs/gguf.md of ggml). Plain integers: 10^5 tokens are compared with them at each load.
@@ -103,13 +131,20 @@ _BYTES = dict(zip(range(0x100, 0x144), (*range(33), *range(127, 161), 173), stri
 """Byte-level BPE spells printable Latin-1 as it is and the other bytes with the characters from U+0100 on (GPT-2's encoder)."""
 
 
-def _vocabulary(metadata: Metadata, tokens: Sequence[tuple[str, int]], pieces: Sequence[bytes], add_bos: bool) -> Vocabulary:
-    controls, users = {}, {}
-    for token_id, (text, token_type) in enumerate(tokens):
-        if token_type in (_CONTROL, _UNKNOWN):
-            controls[text] = token_id
-        elif token_type == _USER_DEFINED:
-            users[pieces[token_id].decode(errors="replace")] = token_id
+def _vocabulary(metadata: Metadata, piece_of: Callable[[str, int], bytes], add_bos: bool) -> Vocabulary:
+    controls: dict[str, int] = {}
+    users: dict[str, int] = {}
+
+    def spelled() -> Iterator[bytes]:
+        for token_id, (text, token_type) in enumerate(_tokens(metadata)):
+            piece = piece_of(text, token_type)
+            if token_type in (_CONTROL, _UNKNOWN):
+                controls[text] = token_id
+            elif token_type == _USER_DEFINED:
+                users[piece.decode(errors="replace")] = token_id
+            yield piece
+
+    pieces = Pieces(spelled())
     ends = [_special_id(metadata, key) for key in ("eos", "eot", "eom")]
     return Vocabulary(
         pieces=pieces,
@@ -121,7 +156,7 @@ def _vocabulary(metadata: Metadata, tokens: Sequence[tuple[str, int]], pieces: S
     )
 
 
-def _tokens(metadata: Metadata) -> list[tuple[str, int]]:
+def _tokens(metadata: Metadata) -> Iterator[tuple[str, int]]:
     """Text and type of each token. Control tokens are those that the file calls so, and those that work so."""
     texts = token_texts(metadata)
     declared = {_special_id(metadata, key) for key in ("bos", "eos", "eot", "eom")}
@@ -130,10 +165,9 @@ def _tokens(metadata: Metadata) -> list[tuple[str, int]]:
         types = [_USER_DEFINED if token_id in declared else _NORMAL for token_id in range(len(texts))]
     if not isinstance(types, list | tuple) or len(types) != len(texts):
         raise ModelFileError(f"The model file has {len(texts)} tokens, but not as many token types.")
-    return [
-        (text, _CONTROL if kind == _USER_DEFINED and (i in declared or text in _TURN_TEXTS) else kind)
-        for i, (text, kind) in enumerate(zip(texts, types, strict=True))
-    ]
+    for token_id, (text, kind) in enumerate(zip(texts, types, strict=True)):
+        works_so = kind == _USER_DEFINED and (token_id in declared or text in _TURN_TEXTS)
+        yield text, _CONTROL if works_so else kind
 
 
 def _special_id(metadata: Metadata, key: str) -> int | None:

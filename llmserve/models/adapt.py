@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmserve.engine.gguf import GGUFFile, TensorInfo, Value, ValueType, pack_header
+from llmserve.engine.gguf import GGUFFile, Strings, TensorInfo, Value, ValueType, pack_header
 from llmserve.errors import ModelFileError
 from llmserve.models.files import fingerprint, identity, publish, workspace
 
@@ -155,7 +155,7 @@ def _check_keys(gguf: GGUFFile, architecture: str) -> None:
         name = key.removeprefix(prefix)
         if name not in _READ_BY_LIBRARY and name not in _CHECKED_HERE:
             raise _unsupported(f"it has the hyperparameter {key!r}")
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | Strings):
             raise _unsupported(f"its {key} differs from layer to layer")
         if name in _READ_BY_LIBRARY and gguf.types[key] is not _READ_BY_LIBRARY[name]:
             raise _damaged(f"{key} is of the type {gguf.types[key].name}")
@@ -263,9 +263,9 @@ def _check_spm(gguf: GGUFFile, vocab_size: int) -> None:
             raise _unsupported(f"its vocabulary has no token for the byte <0x{byte:02X}>")
 
 
-def _array(gguf: GGUFFile, key: str, element_type: ValueType) -> tuple[Value, ...]:
+def _array(gguf: GGUFFile, key: str, element_type: ValueType) -> tuple[Value, ...] | Strings:
     values = gguf.metadata.get(key)
-    if not isinstance(values, tuple) or gguf.types[key] is not element_type:
+    if not isinstance(values, tuple | Strings) or gguf.types[key] is not element_type:
         raise _damaged(f"{key} is missing or of the wrong type")
     return values
 

@@ -81,8 +81,9 @@ class Prepared:
         """Load the model once per slot and build its tokenizer and chat template. Raises ModelFileError."""
         spec = self.spec
         with ExitStack() as opened:
+            bpe = _bpe_tokenizer(self.facts.header)  # first, for what it leaves in memory is room for the slots' tables
             backends = [opened.enter_context(closing(self._open_backend())) for _ in range(spec.slots)]
-            tokenizer = _tokenizer(self.facts.header, backends[0])
+            tokenizer = bpe or _library_tokenizer(self.facts.header, backends[0])
             engine = Engine(
                 info=self._info(),
                 backends=backends,
@@ -156,12 +157,16 @@ def _context_length(spec: ModelSpec, path: Path, trained: int) -> int:
     return spec.context_length or min(DEFAULT_CONTEXT_LENGTH, trained)
 
 
-def _tokenizer(header: GGUFFile | None, backend: CTransformersBackend) -> Tokenizer:
+def _bpe_tokenizer(header: GGUFFile | None) -> Tokenizer | None:
+    if header is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
+        return None
+    return BPETokenizer.from_gguf(header.metadata)
+
+
+def _library_tokenizer(header: GGUFFile | None, backend: CTransformersBackend) -> Tokenizer:
     if header is None:
         pieces = [backend.piece(token_id) for token_id in range(backend.vocab_size)]
         return LibraryTokenizer.from_pieces(pieces, backend.tokenize)
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
-        return BPETokenizer.from_gguf(header.metadata)
     return LibraryTokenizer.from_gguf(header.metadata, backend.tokenize)
 
 
