@@ -120,7 +120,7 @@ def one_stream(rounds: int = 7, num_tokens: int = 100) -> Iterator[Figure]:
         seconds = bare([(1, CORES)], random_prompts([stream.num_prompt_tokens]), num_tokens, "decode")[f"1x{CORES}"]
         return (stream.num_tokens - 1) / (stream.last - stream.first), (num_tokens - 1) / seconds
 
-    with harness.llmserve() as server:
+    with harness.llmserve(harness.model_table()) as server:
         measure(0)
         ours, floor = paired(rounds, measure)
     bare.close()
@@ -187,13 +187,13 @@ def repeated(rounds: int = 5) -> Iterator[Figure]:
         request = _request(server.port, story(number), 64)
         return _exchange(server.port, [request])[0], statistics.median(_exchange(server.port, [request] * 20))
 
-    with harness.llmserve() as server:
+    with harness.llmserve(harness.model_table()) as server:
         first, again = paired(rounds, measure)
     yield Figure("first answer against the repeated one", "s", first, again, "cached", "≥ 100")
 
 
 def cached_rate(rounds: int = 7, seconds: float = 2.0) -> Iterator[Figure]:
-    with harness.llmserve() as server, harness.bare_app() as hello:
+    with harness.llmserve(harness.model_table()) as server, harness.bare_app() as hello:
         hello.wait("/")
         request = _request(server.port, story(0), 16)
         _exchange(server.port, [request])
@@ -208,11 +208,11 @@ def start(rounds: int = 9) -> Iterator[Figure]:
     def measure(_: int) -> tuple[float, float]:
         with harness.bare_app() as hello:
             floor = hello.wait("/health")
-        with harness.llmserve(wait=None) as server:
+        with harness.llmserve(harness.model_table(), wait=None) as server:
             return server.wait("/health"), floor
 
     def first_token(_: int) -> tuple[float, float]:
-        with harness.llmserve(wait="/health") as server:
+        with harness.llmserve(harness.model_table(), wait="/health") as server:
             begun = time.perf_counter() - server.started
             return begun + chat(server.port, "Hello", 2).first, 1.0
 
@@ -227,7 +227,7 @@ def start(rounds: int = 9) -> Iterator[Figure]:
 
 def memory() -> Iterator[Figure]:
     """PSS of gunicorn's two processes, less the weights' mapping and the KV caches as far as they are resident."""
-    with harness.llmserve() as server:
+    with harness.llmserve(harness.model_table()) as server:
         at_once([partial(chat, server.port, story(n), 100) for n in range(8)])
         _, status = server.get(f"/v1/models/{harness.MODEL}")
         worker = server.worker_pid()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,10 @@ def post(port: int, path: str, body: object = None) -> tuple[int, Any]:
 
 
 def model_table(model_id: str = MODEL, **options: object) -> str:
-    """A [[models]] table for the default model's file."""
+    """A [[models]] table for the default model's file, run by ctransformers unless the options name another engine."""
     from llmserve.config import DEFAULT_MODEL
 
+    options = {"engine": "ctransformers"} | options
     return table(id=model_id, source=DEFAULT_MODEL.source, sha256=DEFAULT_MODEL.sha256, **options)
 
 
@@ -135,8 +136,11 @@ def model_path() -> Path:
     """The default model's file as ctransformers runs it, made if it is not there yet."""
     from llmserve.config import DEFAULT_MODEL, load
     from llmserve.models.loading import Loader
+    from llmserve.models.slot_model import PreparedSlots
 
-    return Loader(load().server).prepare(DEFAULT_MODEL).path
+    prepared = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="ctransformers"))
+    assert isinstance(prepared, PreparedSlots)
+    return prepared.path
 
 
 @dataclass(frozen=True)

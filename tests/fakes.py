@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmserve.config import ModelSpec
+from llmserve.engine.backend import Piece
+from llmserve.engine.batch_engine import BatchEngine
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.slot_engine import SlotEngine
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary
 
@@ -76,13 +79,66 @@ class FakeBackend:
         self._busy = False
 
     def logits(self) -> np.ndarray:
-        scores = np.zeros(VOCAB_SIZE, dtype=np.float32)
-        scores[self.reply(self.held)] = 10
-        scores[97:123] += 1  # so that draws at temperature 1 and more differ
-        return scores
+        return scores_of(self.reply(self.held))
 
     def close(self) -> None:
         self.closed = True
+
+
+class FakeBatchBackend:
+    """Several such caches, evaluated in one pass. It checks what llama.cpp would abort the process on."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, reply: Reply = babble, context_length: int = 256, num_sequences: int = 3, batch_size: int = 64) -> None:
+        self.context_length = context_length
+        self.num_sequences = num_sequences
+        self.batch_size = batch_size
+        self.reply = reply
+        self.held: list[list[int]] = [[] for _ in range(num_sequences)]
+        self.passes: list[list[tuple[int, int, int]]] = []  # of each piece: (sequence, position, number of tokens)
+        self.copies: list[tuple[int, int]] = []
+        self.closed = False
+        self.on_forward: Callable[[], None] = lambda: None
+        self._asked_for: dict[int, np.ndarray] = {}
+
+    def forward(self, pieces: Sequence[Piece], threads: int) -> None:
+        assert not self.closed, "used after close"
+        assert threads >= 1
+        assert len({piece.sequence for piece in pieces}) == len(pieces), "a sequence twice in a pass"
+        assert sum(len(piece.token_ids) for piece in pieces) <= self.batch_size, "more than a batch"
+        self.passes.append([(piece.sequence, piece.position, len(piece.token_ids)) for piece in pieces])
+        self.on_forward()
+        self._asked_for.clear()
+        for index, piece in enumerate(pieces):
+            held = self.held[piece.sequence]
+            assert piece.token_ids and piece.position == len(held), "a hole in the cache, or two tokens at one position"
+            assert piece.position + len(piece.token_ids) <= self.context_length, "beyond the cache"
+            held += piece.token_ids
+            if piece.wants_logits:
+                self._asked_for[index] = scores_of(self.reply(held))
+
+    def logits(self, index: int) -> np.ndarray:
+        return self._asked_for[index]
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        del self.held[sequence][num_tokens:]
+
+    def copy(self, source: int, target: int) -> None:
+        assert source != target
+        self.copies.append((source, target))
+        self.held[target] = self.held[source][:]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def scores_of(token_id: int) -> np.ndarray:
+    """Scores of which `token_id` is the best, and draws at temperature 1 and more differ."""
+    scores = np.zeros(VOCAB_SIZE, dtype=np.float32)
+    scores[token_id] = 10
+    scores[97:123] += 1
+    return scores
 
 
 def byte_tokenizer() -> LibraryTokenizer:
@@ -98,7 +154,7 @@ def byte_tokenizer() -> LibraryTokenizer:
 
 
 def make_engine(
-    backends: Sequence[FakeBackend],
+    backends: Sequence[FakeBackend] | FakeBatchBackend,
     *,
     budget: ComputeBudget | None = None,
     statistics: StatisticsCounter | None = None,
@@ -106,10 +162,12 @@ def make_engine(
     template: str | None = TEMPLATE,
     **settings: object,
 ) -> Engine:
-    context_length = backends[0].context_length
-    return Engine(
-        info=info or EngineInfo("fake", "fake", "it is a test", context_length, len(backends), 1000, 100 * len(backends)),
-        backends=backends,
+    many = isinstance(backends, FakeBatchBackend)
+    context_length = backends.context_length if many else backends[0].context_length
+    num_slots = backends.num_sequences if many else len(backends)
+    return (BatchEngine if many else SlotEngine)(
+        info or EngineInfo("fake", "fake", "it is a test", context_length, num_slots, 1000, 100 * num_slots),
+        backends,
         tokenizer=byte_tokenizer(),
         chat_template=ChatTemplate(template, control_texts=CONTROLS, special={"bos_token": "<bos>", "eos_token": "<eos>"}),
         budget=budget or ComputeBudget(2),

@@ -15,6 +15,7 @@ DOORS = {
     "werkzeug": ("app", "api/"),
     "gunicorn": ("server",),
     "ctransformers": ("engine/ctransformers_backend",),
+    "llama_cpp": ("engine/llamacpp_backend",),
     "jinja2": ("engine/chat_template",),
     "tokenizers": ("engine/tokenizer",),
     "huggingface_hub": ("models/sources",),

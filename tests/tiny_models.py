@@ -161,6 +161,29 @@ def write_falcon_bpe(
     return _write_gguf(path, {**hyperparameters, **tokenizer, **keys}, {**weights, **tensors}, quantization)
 
 
+def write_modern(path: Path, architecture: str, *, seed: int = 0) -> Path:
+    """A model of an architecture that came after ctransformers: qwen2, qwen3 or gemma3. Tied, with the byte-level vocabulary."""
+    tokenizer, width = _bpe_tokenizer(), _width(Quantization.F32)
+    rng = np.random.default_rng(seed)
+    weights = _llama_weights(seed, tokenizer["tokenizer.ggml.token_type"], width)
+    del weights["output.weight"]
+    head, kv_width = width // NUM_HEADS, width // NUM_HEADS * NUM_KV_HEADS
+    for i in range(NUM_LAYERS):
+        if architecture == "qwen2":
+            sizes = {"q": width, "k": kv_width, "v": kv_width}
+            weights |= {f"blk.{i}.attn_{name}.bias": _bias(rng, size) for name, size in sizes.items()}
+        else:
+            weights |= {f"blk.{i}.attn_{name}_norm.weight": _norm(rng, head) for name in "qk"}
+        if architecture == "gemma3":
+            weights |= {f"blk.{i}.post_{name}_norm.weight": _norm(rng, width) for name in ("attention", "ffw")}
+    hyperparameters = _hyperparameters(architecture, width, NUM_KV_HEADS) | {
+        f"{architecture}.attention.key_length": head,
+        f"{architecture}.attention.value_length": head,
+        f"{architecture}.attention.sliding_window": 32 if architecture == "gemma3" else None,
+    }
+    return _write_gguf(path, {**hyperparameters, **tokenizer}, weights, Quantization.F32)
+
+
 def write_ggml_gpt2(path: Path, *, seed: int = 0) -> Path:
     """A GPT-2 in the format before GGUF: ctransformers loads it with model_type="gpt2"."""
     return write_ggml(path, "gpt2", seed=seed)
@@ -275,7 +298,7 @@ def _from_byte_level(token: str) -> bytes:
 
 
 def _hyperparameters(architecture: str, width: int, num_kv_heads: int) -> dict[str, Any]:
-    epsilon = "layer_norm_rms_epsilon" if architecture == "llama" else "layer_norm_epsilon"
+    epsilon = "layer_norm_epsilon" if architecture == "falcon" else "layer_norm_rms_epsilon"
     return {
         "general.architecture": architecture,
         "general.name": "tiny",

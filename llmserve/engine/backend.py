@@ -1,9 +1,9 @@
-"""The seam to a model library: token ids in, next-token scores out."""
+"""The seams to model libraries: token ids in, next-token scores out, one sequence at a time or many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,3 +42,51 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the KV cache, and the weights with their last user. Idempotent."""
+
+
+class Piece(NamedTuple):
+    """Part of one pass over many sequences: `token_ids` as positions `position`, `position + 1`, … of sequence `sequence`.
+
+    `wants_logits`: whether the scores after its last token are asked for.
+    """
+
+    sequence: int
+    position: int
+    token_ids: Sequence[int]
+    wants_logits: bool
+
+
+class BatchBackend(Protocol):
+    """The KV caches of `num_sequences` sequences, all evaluated in one pass. Not thread-safe: one thread of an engine owns it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def context_length(self) -> int:
+        """Most token ids that each sequence holds."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Most token ids of one pass."""
+        ...
+
+    def forward(self, pieces: Sequence[Piece], threads: int) -> None:
+        """Evaluate the pieces, each of another sequence. Releases the GIL. Raises RuntimeError when the library fails."""
+
+    def logits(self, index: int) -> Logits:
+        """Next-token scores after piece `index` of the last pass, shape (vocab_size,). A view: valid until the next pass."""
+        ...
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Forget what the sequence holds behind its first `num_tokens` positions."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold what `source` holds, and nothing else."""
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""

@@ -83,6 +83,14 @@ class Vocabulary:
             eos_token_ids=frozenset(controls[text] for text in _END_TEXTS if text in controls),
         )
 
+    @classmethod
+    def from_library(
+        cls, metadata: Metadata, pieces: Iterable[bytes], ends: Iterable[int], bos_token_id: int | None, add_bos: bool
+    ) -> Vocabulary:
+        """Of a GGUF file, as its library reads it: that one finds user-defined tokens in a text by itself. Raises ModelFileError."""
+        controls = {text: token_id for token_id, (text, kind) in enumerate(_tokens(metadata)) if kind in (_CONTROL, _UNKNOWN)}
+        return cls(Pieces(pieces), controls, {}, frozenset(ends), bos_token_id, add_bos)
+
 
 def special_texts(metadata: Metadata) -> dict[str, str]:
     """What a GGUF file's chat template knows as bos_token, eos_token, …. Raises ModelFileError."""

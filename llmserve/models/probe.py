@@ -14,13 +14,13 @@ import sys
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmserve.errors import ModelFileError
 from llmserve.models.files import identity
 
 if TYPE_CHECKING:  # it imports numpy
-    from llmserve.engine.backend import Backend
+    from llmserve.engine.backend import Logits
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +28,28 @@ _TIMEOUT = 300.0  # seconds; a large file comes from a slow disk
 _GGML_CHUNK = 8  # tokens; as many as the library evaluates in one go unless told otherwise
 
 
-def probe(path: Path, context_length: int, model_type: str, cache_dir: Path) -> None:
-    """Return when the library can open `path` and evaluate tokens; else raise ModelFileError with what it said or died of.
+class Trial(NamedTuple):
+    """How a file is opened: by which engine, and the settings that decide whether its library survives it."""
+
+    engine: str
+    context_length: int
+    model_type: str = ""
+    repack: bool = False
+
+
+def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
+    """Return when a library can open `path` and evaluate tokens; else raise ModelFileError with what it said or died of.
 
     Only good verdicts are remembered: a bad one may have had a passing reason, such as memory.
     """
-    verdict = cache_dir / "probed" / f"{identity(path)}-{version('ctransformers')}-{context_length}{model_type}"
+    library = f"{trial.engine}{version(_DISTRIBUTIONS[trial.engine])}"
+    verdict = (
+        cache_dir / "probed" / f"{identity(path)}-{library}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
+    )
     if verdict.exists():
         return
     log.info("probing %s", path.name)
-    arguments = json.dumps([str(path), context_length, model_type])
+    arguments = json.dumps([str(path), *trial])
     # -u, and one pipe for all: C's stdio must not be buffered either, for what is in a buffer dies with its process.
     command = [sys.executable, "-u", "-m", "llmserve.models.probe", arguments]
     try:
@@ -67,32 +79,60 @@ def _main(arguments: str) -> None:
     """The child: it prints what is wrong behind what the library has printed. Leaves no core file, and cleans nothing up."""
     import resource
 
-    from llmserve.engine.ctransformers_backend import CTransformersBackend
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    path, context_length, model_type = json.loads(arguments)
+    path, *settings = json.loads(arguments)
+    trial = Trial(*settings)
     try:
-        backend = CTransformersBackend(Path(path), context_length, model_type)
+        error = _TRIALS[trial.engine](Path(path), trial)
     except RuntimeError:
         os._exit(1)  # the library has said why, if it ever does
-    error = _evaluate(backend, num_tokens=_GGML_CHUNK if model_type else 1)
     print(f"\n{error}", flush=True)
     os._exit(1 if error else 0)
 
 
-def _evaluate(backend: Backend, num_tokens: int) -> str:
+def _try_ctransformers(path: Path, trial: Trial) -> str:
     """What goes wrong, if anything, at the beginning of the context, and at its end: there the library's buffers are fullest,
     and for its older types they are of a size that was thought to do."""
-    token_ids = [min(1, backend.vocab_size - 1)] * min(num_tokens, backend.context_length)
+    from llmserve.engine.ctransformers_backend import CTransformersBackend
+
+    backend = CTransformersBackend(path, trial.context_length, trial.model_type)
+    num_tokens = min(_GGML_CHUNK if trial.model_type else 1, backend.context_length)
+    token_ids = [min(1, backend.vocab_size - 1)] * num_tokens
     try:
         backend.forward(token_ids, 0, 1)
-        if not (abs(backend.logits()) < float("inf")).all():
-            return "its scores are not finite numbers"
-        backend.forward(token_ids, backend.context_length - len(token_ids), 1)
+        if not _finite(backend.logits()):
+            return _NOT_FINITE
+        backend.forward(token_ids, backend.context_length - num_tokens, 1)
     except RuntimeError as error:
         return str(error)
     return ""
 
+
+def _try_llamacpp(path: Path, trial: Trial) -> str:
+    """What goes wrong, if anything, with one token and with several, for which the library has code of their own."""
+    logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
+    from llmserve.engine.backend import Piece
+    from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+
+    try:
+        backend = LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack))
+        token_id = min(1, backend.vocab_size - 1)
+        for position, num_tokens in ((0, 8), (8, 1)):
+            backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
+            if not _finite(backend.logits(0)):
+                return _NOT_FINITE
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _finite(logits: Logits) -> bool:
+    return bool((abs(logits) < float("inf")).all())
+
+
+_NOT_FINITE = "its scores are not finite numbers"
+_DISTRIBUTIONS = {"ctransformers": "ctransformers", "llamacpp": "llama_cpp_python"}
+_TRIALS = {"ctransformers": _try_ctransformers, "llamacpp": _try_llamacpp}
 
 if __name__ == "__main__":
     _main(sys.argv[1])

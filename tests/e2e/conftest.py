@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import harness
+from llmserve.models.loading import has_llamacpp
 from tests.tiny_models import write_llama_spm
 
 MODEL = harness.MODEL
+ENGINES = [
+    "ctransformers",
+    pytest.param("llamacpp", marks=pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")),
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -16,12 +21,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request, tmp_path_factory):
+    """On each engine that is installed."""
     folder = tmp_path_factory.mktemp("server")
     tiny = write_llama_spm(folder / "tiny.gguf")
-    config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"]) + harness.table(
-        id="org/tiny", source=str(tiny), load="on_demand"
+    config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"], engine=request.param) + harness.table(
+        id="org/tiny", source=str(tiny), load="on_demand", engine=request.param
     )
     with harness.llmserve(config, log=folder / "log") as running:
         yield running

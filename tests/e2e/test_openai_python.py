@@ -42,7 +42,7 @@ def test_a_stream_assembles_to_the_whole_answer(client):
 
 
 def test_the_stream_helper_assembles_several_choices(client):
-    with client.chat.completions.stream(model=MODEL, messages=HELLO, n=3, seed=5, max_tokens=200) as stream:
+    with client.chat.completions.stream(model=MODEL, messages=HELLO, n=3, seed=5, stop=[".", "!", "?"]) as stream:
         for _ in stream:
             pass
         final = stream.get_final_completion()

@@ -301,4 +301,5 @@ def test_whatever_is_submitted_and_cancelled_every_slot_is_free_in_the_end(engin
         assert isinstance(events[-1], GenerationEnd)
     assert engine.drain(TIMEOUT)
     assert len(engine._idle) == num_slots
+    assert not engine._jobs
     assert engine._budget._free == engine._budget.cores

@@ -41,7 +41,9 @@ def prepare(folder):
     loader = Loader(ServerConfig(cache_dir=str(folder / "cache"), cores=2))
 
     def prepare(source, **options):
-        return loader.prepare(ModelSpec(**{"id": "tiny", "source": str(source), "slots": 2} | options))
+        return loader.prepare(
+            ModelSpec(**{"id": "tiny", "source": str(source), "slots": 2, "engine": "ctransformers"} | options)
+        )
 
     return prepare
 

@@ -5,6 +5,7 @@ import pytest
 
 from llmserve.errors import ModelFileError
 from llmserve.models import probe
+from llmserve.models.probe import Trial
 from tests import tiny_models
 from tests.tiny_models import CONTEXT_LENGTH, write_ggml, write_llama_spm
 
@@ -29,15 +30,15 @@ def replace_content(path, content, *, hidden):
 
 def refusal(path, cache_dir, *, model_type="", context_length=CONTEXT_LENGTH):
     with pytest.raises(ModelFileError) as caught:
-        probe.probe(path, context_length, model_type, cache_dir)
+        probe.probe(path, Trial("ctransformers", context_length, model_type), cache_dir)
     assert str(path.parent) not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_good_file_passes_and_is_not_opened_again_until_it_changes(path, cache_dir):
-    probe.probe(write_llama_spm(path), CONTEXT_LENGTH, "", cache_dir)
+    probe.probe(write_llama_spm(path), Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
     replace_content(path, b"GGUF", hidden=True)
-    probe.probe(path, CONTEXT_LENGTH, "", cache_dir)
+    probe.probe(path, Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
     replace_content(path, b"GGUF", hidden=False)
     refusal(path, cache_dir)
 
@@ -47,13 +48,13 @@ def test_a_bad_verdict_is_not_remembered(path, cache_dir):
     replace_content(path, b"GGUF", hidden=True)
     refusal(path, cache_dir)
     replace_content(path, good, hidden=True)
-    probe.probe(path, CONTEXT_LENGTH, "", cache_dir)
+    probe.probe(path, Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
 
 
 def test_a_verdict_that_cannot_be_remembered_is_good_all_the_same(path, cache_dir):
     cache_dir.mkdir()
     (cache_dir / "probed").write_text("a file in the way")
-    probe.probe(write_llama_spm(path), CONTEXT_LENGTH, "", cache_dir)
+    probe.probe(write_llama_spm(path), Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
 
 
 def test_a_crash_is_told_by_the_name_of_its_signal(path, cache_dir):

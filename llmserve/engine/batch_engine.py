@@ -1,0 +1,273 @@
+"""Continuous batching: one thread, and one forward pass for everybody, over and over.
+
+Each pass evaluates the next token of every sequence that decodes, and a bounded piece of the prompts that are being read: a
+long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two passes.
+
+A prompt takes the longest beginning that any sequence holds, also one that is running, or is about to hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+from llmserve.engine.backend import BatchBackend, Logits, Piece
+from llmserve.engine.chat_template import ChatTemplate
+from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
+from llmserve.engine.generation import ChoiceEnd, Delta
+from llmserve.engine.sequence import Sequence
+from llmserve.engine.slots import common_prefix_length
+from llmserve.engine.statistics import StatisticsCounter
+from llmserve.engine.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_LEAST_SHARED = 32
+"""Tokens that two prompts must have in common for cells to be copied, or waited for: fewer are evaluated as fast."""
+
+_CHUNKS_ALONE = 2
+"""Prefill chunks in a pass that no decoding sequence waits for: larger batches are faster, but whoever comes waits for their end."""
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """One choice of a job. It is a sequence of its own, and shares the prompt with the others as any two prompts do."""
+
+    job: Job
+    index: int
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A sequence of the backend: what its cells hold, and the choice that it makes at present."""
+
+    number: int
+    token_ids: list[int] = field(default_factory=list)  # evaluated
+    pending: list[int] = field(default_factory=list)  # to be evaluated: a prompt's rest, or the token just sampled
+    choice: _Choice | None = None
+    sequence: Sequence | None = None
+    reading: bool = False  # its prompt
+    leader: _Lane | None = None  # holds, or will hold, the beginning of this one's prompt
+    num_shared: int = 0  # tokens to take from the leader
+    last_used: float = 0.0
+
+    def promised(self) -> list[int]:
+        """What it holds, or will hold when it has read its prompt."""
+        return self.token_ids + self.pending if self.reading else self.token_ids
+
+
+class BatchEngine(Engine):
+    """An engine on a backend that evaluates many sequences in one pass. Thread-safe: one thread has the backend and the lanes."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        backend: BatchBackend,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        budget: ComputeBudget,
+        settings: EngineSettings,
+        statistics: StatisticsCounter | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(info, backend.num_sequences, tokenizer, chat_template, budget, settings, statistics, clock)
+        self._backend = backend
+        self._lanes = [_Lane(number) for number in range(backend.num_sequences)]
+        self._choices: deque[_Choice] = deque()  # of jobs that have begun; without a lane as yet
+        self._num_open: Counter[Job] = Counter()  # choices of each job that are not complete
+        self._start_thread("llmserve-batch", self._serve)
+
+    def _dispatch(self) -> None:
+        """Wake the thread, which takes jobs by itself. Caller holds the lock."""
+        self._condition.notify_all()
+
+    def _serve(self) -> None:
+        while self._wait_for_work():
+            with self._budget.share():
+                while self._advance():
+                    pass
+        self._backend.close()
+
+    def _wait_for_work(self) -> bool:
+        """Whether there is some; False is the end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting or self._closed_with is not None)
+            return self._closed_with is None
+
+    def _advance(self) -> bool:
+        """One pass for everybody; whether there was anything to do."""
+        self._dismiss()
+        self._admit()
+        for lane in self._lanes:
+            self._follow(lane)
+        batch = self._plan()
+        if batch:
+            self._pass(batch)
+        return bool(batch)
+
+    # Who comes and leaves.
+
+    def _dismiss(self) -> None:
+        """Let those go whom nobody waits for any more."""
+        for job in [job for job in self._num_open if job.unwanted]:
+            self._drop(job)
+
+    def _admit(self) -> None:
+        """Give free lanes to those who wait longest, all choices of a job before the next job."""
+        free = [lane for lane in self._lanes if lane.choice is None]
+        while free and (self._choices or self._take_job()):
+            lane = self._occupy(free, self._choices.popleft())
+            free.remove(lane)
+
+    def _take_job(self) -> bool:
+        with self._condition:
+            self._drop_cancelled()
+            if not self._waiting:
+                return False
+            job = self._begin()
+        self._choices.extend(_Choice(job, index) for index in range(job.params.n))
+        self._num_open[job] = job.params.n
+        return True
+
+    def _occupy(self, free: Ids[_Lane], choice: _Choice) -> _Lane:
+        """Put a choice into one of the free lanes, with as much of its prompt as that one holds or another one promises."""
+        prompt_ids = choice.job.prompt_ids
+        shared = {lane.number: self._num_shared(lane, prompt_ids) for lane in self._lanes}
+
+        def gain(lane: _Lane) -> int:
+            """A lane of which less than half would be used is left to whoever may come back for the rest."""
+            return shared[lane.number] if 2 * shared[lane.number] >= len(lane.token_ids) else 0
+
+        lane = max(free, key=lambda lane: (gain(lane), -lane.last_used))
+        for other in self._lanes:
+            if other.leader is lane:
+                other.leader = None
+        num_kept = shared.pop(lane.number)
+        self._truncate(lane, num_kept)
+        lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
+        lane.sequence = Sequence(choice.index, prompt_ids, choice.job.params, self.tokenizer)
+        best = max(shared, key=shared.__getitem__, default=lane.number)
+        if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
+            lane.leader, lane.num_shared = self._lanes[best], shared[best]
+        self._note_cached(lane)
+        return lane
+
+    def _num_shared(self, lane: _Lane, prompt_ids: list[int]) -> int:
+        """Tokens of the prompt that need not be evaluated, thanks to the lane: never all, for the last one gives the scores."""
+        if not self._settings.prefix_cache:
+            return 0
+        return min(common_prefix_length(lane.promised(), prompt_ids), len(prompt_ids) - 1)
+
+    def _follow(self, lane: _Lane) -> None:
+        """Take what the leader has by now, if that is all there is to wait for."""
+        leader = lane.leader
+        if leader is None or lane.choice is None:
+            return
+        if leader.choice is None:  # it holds what it holds
+            lane.num_shared = min(lane.num_shared, len(leader.token_ids))
+        if len(leader.token_ids) < lane.num_shared:
+            return
+        lane.leader = None
+        if lane.num_shared >= len(lane.token_ids) + _LEAST_SHARED:
+            prompt_ids = lane.choice.job.prompt_ids
+            self._backend.copy(leader.number, lane.number)
+            self._backend.truncate(lane.number, lane.num_shared)
+            lane.token_ids, lane.pending = prompt_ids[: lane.num_shared], prompt_ids[lane.num_shared :]
+            self._note_cached(lane)
+
+    def _note_cached(self, lane: _Lane) -> None:
+        if lane.choice is not None and lane.choice.index == 0:
+            lane.choice.job.num_cached_tokens = len(lane.token_ids)
+
+    def _leave(self, lane: _Lane) -> None:
+        """The lane is free; what it holds stays, for whoever begins alike."""
+        assert lane.choice is not None and lane.sequence is not None
+        lane.choice.job.num_output_tokens += lane.sequence.num_output_tokens
+        lane.choice = lane.sequence = lane.leader = None
+        lane.reading = False
+        lane.pending = []
+        lane.last_used = self._clock()
+
+    def _drop(self, job: Job, error: Exception | None = None) -> None:
+        """End a job before its choices are complete."""
+        for lane in self._lanes:
+            if lane.choice is not None and lane.choice.job is job:
+                self._leave(lane)
+        self._choices = deque(choice for choice in self._choices if choice.job is not job)
+        del self._num_open[job]
+        self._end(job, error)
+
+    # What a pass does.
+
+    def _plan(self) -> list[tuple[_Lane, int]]:
+        """Lanes and how many of their pending tokens are evaluated now: every decoding one's, and a piece of the prompts.
+
+        Prompts share what there is, the shortest first: so it is through before long ones, which get what it leaves.
+        """
+        decoding = [lane for lane in self._lanes if lane.choice is not None and not lane.reading]
+        reading = [lane for lane in self._lanes if lane.reading and lane.leader is None]
+        batch = [(lane, 1) for lane in decoding]
+        room = self._settings.prefill_chunk * (1 if decoding else _CHUNKS_ALONE)
+        room = min(room, self._backend.batch_size - len(decoding))
+        for num_before, lane in enumerate(sorted(reading, key=lambda lane: len(lane.pending))):
+            num_tokens = min(len(lane.pending), room // (len(reading) - num_before))
+            if num_tokens:
+                batch.append((lane, num_tokens))
+                room -= num_tokens
+        return batch
+
+    def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
+        try:
+            self._forward([self._piece(lane, num_tokens) for lane, num_tokens in batch])
+            for index, (lane, num_tokens) in enumerate(batch):
+                lane.token_ids += lane.pending[:num_tokens]
+                del lane.pending[:num_tokens]
+                if not lane.pending:
+                    self._sample(lane, self._backend.logits(index))
+        except Exception as error:  # nobody knows what the cells hold then
+            log.exception("the engine failed in a pass")
+            for lane, _ in batch:
+                self._truncate(lane, 0)
+            for job in {lane.choice.job for lane, _ in batch if lane.choice is not None}:
+                self._drop(job, error)
+
+    def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
+        return Piece(lane.number, len(lane.token_ids), lane.pending[:num_tokens], num_tokens == len(lane.pending))
+
+    def _forward(self, pieces: list[Piece]) -> None:
+        """One pass within the compute budget."""
+        threads = self._budget.acquire(at_most=self._budget.cores)
+        try:
+            self._backend.forward(pieces, threads)
+        finally:
+            self._budget.release(threads)
+
+    def _sample(self, lane: _Lane, logits: Logits) -> None:
+        """Choose the next token of a lane and say what it means."""
+        choice, sequence = lane.choice, lane.sequence
+        assert choice is not None and sequence is not None
+        job = choice.job
+        if lane.reading:
+            lane.reading = False
+            job.prefill_time = job.prefill_time or self._clock() - job.started
+        token_id = sequence.sample(logits)
+        if text := sequence.append(token_id):
+            job.generation.publish(Delta(choice.index, text))
+        if sequence.finish_reason is None:
+            lane.pending = [token_id]
+            return
+        self._leave(lane)
+        job.generation.publish(ChoiceEnd(choice.index, sequence.finish_reason, sequence.num_output_tokens))
+        self._num_open[job] -= 1
+        if not self._num_open[job]:
+            del self._num_open[job]
+            self._end(job)
+
+    def _truncate(self, lane: _Lane, num_tokens: int) -> None:
+        self._backend.truncate(lane.number, num_tokens)
+        del lane.token_ids[num_tokens:]

@@ -1,0 +1,230 @@
+"""llama.cpp behind the `BatchBackend` protocol, by llama-cpp-python's low-level interface. The only module that knows it.
+
+A context holds many sequences, each with KV cells of its own (`kv_unified` off): a pass over several costs no more attention
+than each alone. A broken file may kill the process that opens it: models/probe.py does that in a child first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llama_cpp as library
+import numpy as np
+
+from llmserve.engine.backend import Logits, Piece
+
+log = logging.getLogger("llama.cpp")
+
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+"""By the ids of enum ggml_type (ggml.h)."""
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+"""By the values of enum llama_flash_attn_type (llama.h)."""
+
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+"""Of enum ggml_log_level (ggml.h). What it tells of a load is for those who look for a fault."""
+
+_Context = Any  # a pointer
+
+_errors = threading.local()
+"""`lines`: what the library said was wrong while this thread opened a model."""
+
+
+class LlamaCppSettings(NamedTuple):
+    """How a model is opened. `repack`: rearrange weights for this CPU's matrix instructions, where the library knows how to."""
+
+    kv_type: str = "f16"
+    flash_attention: str = "auto"
+    gpu_layers: int = 0
+    repack: bool = True
+
+
+class LlamaCppBackend:
+    """A model, and a context of `num_sequences` sequences with room for `context_length` tokens each.
+
+    Not thread-safe, but for what only reads the vocabulary: `tokenize`, `piece`, `is_end`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        context_length: int,
+        num_sequences: int,
+        batch_size: int,
+        settings: LlamaCppSettings,
+    ) -> None:
+        """`batch_size` is the most tokens of one pass. Raises RuntimeError with the library's reason when it refuses."""
+        _start()
+        _errors.lines = []
+        self.context_length = context_length
+        self.num_sequences = num_sequences
+        self.batch_size = batch_size
+        self._context: _Context = None
+        self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
+        if not self._model:
+            raise _refusal()
+        self._context = library.llama_init_from_model(self._model, _context_params(self, settings))
+        if not self._context:
+            self.close()
+            raise _refusal()
+        self._memory = library.llama_get_memory(self._context)
+        self._vocab = library.llama_model_get_vocab(self._model)
+        self.vocab_size = int(library.llama_vocab_n_tokens(self._vocab))
+        self._batch = _Batch(batch_size)
+        self._outputs: list[int] = []
+
+    def forward(self, pieces: Sequence[Piece], threads: int) -> None:
+        self._outputs = self._batch.fill(pieces)
+        library.llama_set_n_threads(self._open(), threads, threads)
+        outcome = library.llama_decode(self._open(), self._batch.struct)
+        if outcome:
+            raise RuntimeError(f"the library could not evaluate the tokens (llama_decode: {outcome})")
+
+    def logits(self, index: int) -> Logits:
+        pointer = library.llama_get_logits_ith(self._open(), self._outputs[index])
+        address = ctypes.addressof(pointer.contents)
+        return np.ctypeslib.as_array((ctypes.c_float * self.vocab_size).from_address(address))
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        if not library.llama_memory_seq_rm(self._memory, sequence, num_tokens or -1, -1):
+            raise RuntimeError("the library cannot take tokens back")
+
+    def copy(self, source: int, target: int) -> None:
+        # Whole sequences only: the library aborts the process on a part of one.
+        library.llama_memory_seq_rm(self._memory, target, -1, -1)
+        library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def tokenize(self, text: bytes) -> list[int]:
+        """Token ids of UTF-8 text, none of them control tokens', without BOS."""
+        size = len(text) + 16
+        buffer = (ctypes.c_int32 * size)()
+        count = library.llama_tokenize(self._vocab, text, len(text), buffer, size, False, False)
+        if count < 0:
+            buffer = (ctypes.c_int32 * -count)()
+            count = library.llama_tokenize(self._vocab, text, len(text), buffer, -count, False, False)
+        return buffer[:count]
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of one token; none of a control token."""
+        buffer = ctypes.create_string_buffer(64)
+        count = library.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
+        if count < 0:
+            buffer = ctypes.create_string_buffer(-count)
+            count = library.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
+        return buffer.raw[:count]
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether it ends a text or a turn."""
+        return bool(library.llama_vocab_is_eog(self._vocab, token_id))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        token_id = int(library.llama_vocab_bos(self._vocab))
+        return token_id if token_id >= 0 else None
+
+    @property
+    def add_bos(self) -> bool:
+        return bool(library.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def can_truncate(self) -> bool:
+        """Whether a sequence can be taken back to any position; the state of recurrent models cannot."""
+        return not library.llama_model_is_recurrent(self._model) and not library.llama_model_is_hybrid(self._model)
+
+    def close(self) -> None:
+        if self._context:
+            library.llama_free(self._context)
+        if self._model:
+            library.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _open(self) -> _Context:
+        if not self._context:
+            raise RuntimeError("the model is closed")
+        return self._context
+
+
+class _Batch:
+    """The library's description of a pass (llama_batch of llama.h), in arrays that are used over and over."""
+
+    def __init__(self, size: int) -> None:
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._counts = np.ones(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        first = self._sequences.ctypes.data
+        self._pointers = np.arange(first, first + 4 * size, 4, dtype=np.uint64)  # each token is of one sequence
+        self.struct = library.llama_batch(
+            0,
+            self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            None,
+            self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            self._pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+            self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(self, pieces: Sequence[Piece]) -> list[int]:
+        """Describe the pieces; where each one's last token is."""
+        end, lasts = 0, []
+        for piece in pieces:
+            begin, end = end, end + len(piece.token_ids)
+            if end > len(self._tokens):  # the library would abort the process
+                raise RuntimeError(f"a pass has {end} tokens or more; {len(self._tokens)} is the most")
+            self._tokens[begin:end] = piece.token_ids
+            self._positions[begin:end] = range(piece.position, piece.position + end - begin)
+            self._sequences[begin:end] = piece.sequence
+            self._wanted[begin:end] = 0
+            self._wanted[end - 1] = piece.wants_logits
+            lasts.append(end - 1)
+        self.struct.n_tokens = end
+        return lasts
+
+
+def _model_params(settings: LlamaCppSettings) -> Any:
+    params = library.llama_model_default_params()
+    params.n_gpu_layers = settings.gpu_layers
+    params.use_extra_bufts = settings.repack
+    return params
+
+
+def _context_params(backend: LlamaCppBackend, settings: LlamaCppSettings) -> Any:
+    params = library.llama_context_default_params()
+    params.n_ctx = backend.context_length * backend.num_sequences
+    params.n_seq_max = backend.num_sequences
+    params.n_batch = params.n_ubatch = backend.batch_size
+    params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
+    params.kv_unified = False
+    params.no_perf = True
+    return params
+
+
+@functools.cache
+def _start() -> None:
+    library.llama_log_set(_on_log, ctypes.c_void_p())
+    library.llama_backend_init()
+
+
+@library.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, user_data: object) -> None:
+    """The library's own words, line by line, into the log."""
+    line = text.decode(errors="replace").strip()
+    if not line.strip("."):  # a progress bar
+        return
+    severity = _LEVELS.get(level, logging.DEBUG)
+    log.log(severity, "%s", line)
+    if severity == logging.ERROR and hasattr(_errors, "lines"):
+        _errors.lines.append(line)
+
+
+def _refusal() -> RuntimeError:
+    """Of what the library said in this thread, the first: what follows says only that it fails for that."""
+    said = _errors.lines[0].partition(": ")[2] if _errors.lines else ""
+    return RuntimeError(said.rstrip(".") or "the library refuses it")

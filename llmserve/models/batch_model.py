@@ -1,0 +1,151 @@
+"""From a model file to an engine on llama.cpp: probe it, open it once for all slots."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from llmserve.config import ModelSpec
+from llmserve.engine import gguf
+from llmserve.engine.batch_engine import BatchEngine
+from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.gguf import GGUFFile
+from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+from llmserve.engine.statistics import StatisticsCounter
+from llmserve.engine.tokenizer import LibraryTokenizer
+from llmserve.engine.vocabulary import Vocabulary
+from llmserve.errors import ModelFileError
+from llmserve.models import probe
+from llmserve.models.common import choose_context_length, make_chat_template
+from llmserve.models.files import fingerprint, identity
+from llmserve.models.probe import Trial
+
+log = logging.getLogger(__name__)
+
+_BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_BATCH_SIZE = 512
+"""Most tokens of a pass."""
+
+
+def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget) -> PreparedBatch:
+    """Check and probe a GGUF file. Raises ModelFileError."""
+    header = gguf.read(source)
+    architecture = header.get("general.architecture", str) or ""
+    context_length = choose_context_length(spec, source, header.get(f"{architecture}.context_length", int) or 0)
+    repack = _probe(source, context_length, cache_dir)
+    return PreparedBatch(spec, source, header, context_length, repack, reason, budget)
+
+
+def _probe(path: Path, context_length: int, cache_dir: Path) -> bool:
+    """Whether the library can open the file with its weights repacked, which on some machines it cannot, or only without.
+
+    Raises ModelFileError.
+    """
+    try:
+        probe.probe(path, Trial("llamacpp", context_length, repack=True), cache_dir)
+    except ModelFileError as error:
+        probe.probe(path, Trial("llamacpp", context_length, repack=False), cache_dir)
+        log.warning("%s It can without repacked weights, and is opened so.", error)
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBatch:
+    """A model whose file is here and known to open."""
+
+    spec: ModelSpec
+    path: Path
+    header: GGUFFile
+    context_length: int
+    repack: bool
+    reason: str
+    budget: ComputeBudget
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.header.size + self._kv_cache_bytes
+
+    def open(self, statistics: StatisticsCounter) -> Engine:
+        """Load the model, and build its tokenizer and chat template. Raises ModelFileError."""
+        spec = self.spec
+        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
+        try:
+            backend = LlamaCppBackend(self.path, self.context_length, spec.slots, _BATCH_SIZE, settings)
+        except RuntimeError as error:
+            raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
+        try:
+            tokenizer = _tokenizer(self.header, backend)
+            return BatchEngine(
+                info=self._info(),
+                backend=backend,
+                tokenizer=tokenizer,
+                chat_template=make_chat_template(spec, self.header, tokenizer),
+                budget=self.budget,
+                settings=EngineSettings(spec.max_waiting, spec.prefill_chunk, spec.prefix_cache and backend.can_truncate),
+                statistics=statistics,
+            )
+        except BaseException:
+            backend.close()
+            raise
+
+    def _info(self) -> EngineInfo:
+        spec = self.spec
+        library = f"llama-cpp-python {version('llama_cpp_python')}"
+        shape = (
+            identity(self.path),
+            self.context_length,
+            spec.chat_template,
+            spec.kv_type,
+            spec.flash_attention,
+            self.repack,
+            library,
+        )
+        return EngineInfo(
+            identity=fingerprint(*shape),
+            name="llamacpp",
+            reason=self.reason,
+            context_length=self.context_length,
+            num_slots=spec.slots,
+            weights_bytes=self.header.size,
+            kv_cache_bytes=self._kv_cache_bytes,
+        )
+
+    @property
+    def _kv_cache_bytes(self) -> int:
+        """Of all slots together: keys and values of every layer, whose numbers of heads may differ."""
+        architecture = self.header.get("general.architecture", str)
+
+        def value(name: str, default: object) -> object:
+            return self.header.metadata.get(f"{architecture}.{name}", default)
+
+        num_layers = _number(value("block_count", 0))
+        heads = _numbers(value("attention.head_count", 1), num_layers)
+        kv_heads = _numbers(value("attention.head_count_kv", heads), num_layers)
+        length = _number(value("embedding_length", 0)) // max(1, *heads, 1)
+        width = _number(value("attention.key_length", length)) + _number(value("attention.value_length", length))
+        per_token = sum(kv_heads) * width * _BYTES_PER_KV_VALUE[self.spec.kv_type]
+        return int(self.spec.slots * self.context_length * per_token)
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _numbers(value: object, count: int) -> tuple[int, ...]:
+    """One for each layer."""
+    return tuple(map(_number, value)) if isinstance(value, tuple) else (_number(value),) * count
+
+
+def _tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokenizer:
+    vocabulary = Vocabulary.from_library(
+        header.metadata,
+        pieces=map(backend.piece, range(backend.vocab_size)),
+        ends=filter(backend.is_end, range(backend.vocab_size)),
+        bos_token_id=backend.bos_token_id,
+        add_bos=backend.add_bos,
+    )
+    return LibraryTokenizer(vocabulary, backend.tokenize, backend.tokenize)

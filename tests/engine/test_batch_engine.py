@@ -1,0 +1,297 @@
+"""Continuous batching on a fake library: who is evaluated when, what is shared, and that nothing is lost."""
+
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
+from llmserve.engine.statistics import StatisticsCounter
+from llmserve.errors import EngineFailed, QueueFull, ShuttingDown
+from tests.fakes import FakeBackend, FakeBatchBackend, babble, make_engine
+
+TIMEOUT = 10.0
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def engine_of():
+    """Make engines that are closed after the test, with their backend."""
+    made = []
+
+    def make(backend=None, **options):
+        backend = backend or FakeBatchBackend()
+        engine = make_engine(backend, **options)
+        made.append((engine, backend))
+        return engine
+
+    yield make
+    for engine, backend in made:
+        engine.close()
+        assert backend.closed
+
+
+def submit(engine, prompt_ids, max_tokens=8, **params):
+    return engine.submit(prompt_ids, GenerationParams(max_tokens, sampling=params.pop("sampling", GREEDY), **params))
+
+
+def events_of(generation):
+    return list(generation.events(TIMEOUT))
+
+
+def text_of(generation, choice=0):
+    return "".join(event.text for event in events_of(generation) if isinstance(event, Delta) and event.choice == choice)
+
+
+def answer(prompt_ids, max_tokens=8):
+    """What a greedy loop on one cache gives."""
+    held, text = list(prompt_ids), ""
+    for _ in range(max_tokens):
+        held.append(babble(held))
+        text += chr(held[-1])
+    return text
+
+
+class Brake:
+    """Holds every pass up until it is let go."""
+
+    def __init__(self, backend):
+        self._steps = threading.Semaphore(0)
+        self._entered = threading.Semaphore(0)
+        self._free = False
+        backend.on_forward = self
+
+    def __call__(self):
+        self._entered.release()
+        if not self._free:
+            assert self._steps.acquire(timeout=TIMEOUT)
+
+    def wait(self):
+        """Until a pass has begun."""
+        assert self._entered.acquire(timeout=TIMEOUT)
+
+    def step(self):
+        """Let the pass that is held end, and wait until the next one begins."""
+        self._steps.release()
+        self.wait()
+
+    def release(self):
+        self._free = True
+        self._steps.release(1000)
+
+
+def test_answers_made_together_equal_those_made_alone(engine_of):
+    backend = FakeBatchBackend()
+    engine = engine_of(backend)
+    prompts = [[number] * (5 + number) for number in range(1, 9)]
+    generations = [submit(engine, prompt_ids) for prompt_ids in prompts]
+    assert [text_of(generation) for generation in generations] == [answer(prompt_ids) for prompt_ids in prompts]
+    assert max(map(len, backend.passes)) == backend.num_sequences
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_read(engine_of):
+    backend = FakeBatchBackend(context_length=512)
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16)
+    running = submit(engine, [1, 2, 3], max_tokens=100)
+    brake.wait()
+    long = submit(engine, [9] * 200, max_tokens=2)
+    brake.release()
+    assert text_of(long) == answer([9] * 200, 2)
+    running.close()
+    both = [pieces for pieces in backend.passes if len(pieces) == 2]
+    assert len(both) >= 200 // 16
+    assert all(min(num_tokens for _, _, num_tokens in pieces) == 1 for pieces in both)
+    assert all(sum(num_tokens for _, _, num_tokens in pieces) <= 17 for pieces in both)
+
+
+def test_a_short_prompt_is_not_stuck_behind_a_long_one(engine_of):
+    backend = FakeBatchBackend(context_length=512)
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16)
+    submit(engine, [9] * 400, max_tokens=1)
+    brake.wait()
+    short = submit(engine, [1] * 16, max_tokens=1)
+    brake.step()
+    brake.step()
+    assert short.read(0, timeout=TIMEOUT)
+    assert len(backend.held[0]) < 400
+    brake.release()
+
+
+def test_what_an_idle_sequence_holds_is_not_read_again(engine_of):
+    backend = FakeBatchBackend()
+    engine = engine_of(backend)
+    first = list(range(60))
+    said = [ord(character) for character in text_of(submit(engine, first))]
+    *_, end = events_of(submit(engine, [*first, *said, 1, 2, 3]))
+    assert end.num_cached_tokens == 60 + 7  # the last token of an answer is never evaluated
+    assert backend.copies == []
+
+
+def test_what_a_running_sequence_holds_is_copied(engine_of):
+    backend = FakeBatchBackend()
+    brake = Brake(backend)
+    engine = engine_of(backend)
+    common = list(range(50))
+    running = submit(engine, [*common, 1], max_tokens=60)
+    brake.wait()
+    brake.step()
+    other = submit(engine, [*common, 2])
+    brake.release()
+    *_, end = events_of(other)
+    assert end.num_cached_tokens == 50
+    assert text_of(other) == answer([*common, 2])
+    assert text_of(running) == answer([*common, 1], 60)
+    assert len(backend.copies) == 1
+
+
+def test_prompts_that_come_together_are_read_once_where_they_are_alike(engine_of):
+    backend = FakeBatchBackend(num_sequences=4)
+    brake = Brake(backend)
+    engine = engine_of(backend)
+    common = list(range(100))
+    generations = [submit(engine, [*common, number]) for number in range(4)]
+    brake.release()
+    assert [text_of(generation) for generation in generations] == [answer([*common, number]) for number in range(4)]
+    num_evaluated = sum(num_tokens for pieces in backend.passes for _, _, num_tokens in pieces)
+    assert num_evaluated == 100 + 4 + 4 * 7
+    assert sorted(events_of(generation)[-1].num_cached_tokens for generation in generations) == [0, 100, 100, 100]
+
+
+def test_who_waits_for_a_prompt_that_is_given_up_reads_the_rest_itself(engine_of):
+    backend = FakeBatchBackend()
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16)
+    common = list(range(200))
+    leader, follower = submit(engine, [*common, 1]), submit(engine, [*common, 2])
+    brake.wait()
+    leader.close()
+    brake.release()
+    *_, end = events_of(follower)
+    assert text_of(follower) == answer([*common, 2])
+    assert 0 < end.num_cached_tokens < 200
+
+
+def test_without_a_prefix_cache_everything_is_read(engine_of):
+    engine = engine_of(prefix_cache=False)
+    prompt_ids = list(range(60))
+    ends = [events_of(submit(engine, prompt_ids))[-1] for _ in range(2)]
+    assert [end.num_cached_tokens for end in ends] == [0, 0]
+
+
+def test_choices_are_made_side_by_side_of_one_prompt(engine_of):
+    backend = FakeBatchBackend()
+    engine = engine_of(backend)
+    prompt_ids = list(range(80))
+    generation = submit(engine, prompt_ids, n=3, sampling=SamplingParams(seed=1, temperature=1.5))
+    events = events_of(generation)
+    assert sorted(event.choice for event in events if isinstance(event, ChoiceEnd)) == [0, 1, 2]
+    assert len({text_of(generation, choice) for choice in range(3)}) == 3
+    assert max(map(len, backend.passes)) == 3
+    assert events[-1].num_prompt_tokens == 80
+    assert sum(num_tokens for pieces in backend.passes for _, _, num_tokens in pieces) == 80 + 2 + 3 * 7
+
+
+def test_more_choices_than_sequences_take_turns(engine_of):
+    generation = submit(engine_of(), [1, 2, 3], n=7)
+    assert sorted(event.choice for event in events_of(generation) if isinstance(event, ChoiceEnd)) == list(range(7))
+
+
+def test_a_draw_is_that_of_an_engine_of_slots(engine_of):
+    sampling = SamplingParams(seed=7, temperature=2.0)
+    slots = make_engine([FakeBackend()])
+    expected = [text_of(submit(slots, [1, 2, 3], n=2, sampling=sampling), choice) for choice in range(2)]
+    slots.close()
+    generation = submit(engine_of(), [1, 2, 3], n=2, sampling=sampling)
+    assert [text_of(generation, choice) for choice in range(2)] == expected
+
+
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_who_leaves_frees_the_sequence_before_the_next_pass(engine_of, num_read):
+    backend = FakeBatchBackend(context_length=1024)
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16)
+    generation = submit(engine, [1] * (3 if num_read else 900), max_tokens=100, n=2)
+    brake.wait()
+    for _ in range(num_read):
+        brake.step()
+    generation.close()
+    brake.release()
+    assert engine.drain(TIMEOUT)
+    assert len(backend.passes) <= num_read + 2
+
+
+def test_a_failed_pass_fails_those_in_it_and_nobody_after_them(engine_of):
+    backend = FakeBatchBackend()
+    engine = engine_of(backend, statistics=(statistics := StatisticsCounter()))
+
+    def fail():
+        raise RuntimeError("it broke")
+
+    backend.on_forward = fail
+    (failed,) = events_of(submit(engine, [1, 2, 3], n=2))
+    assert isinstance(failed, Failed) and isinstance(failed.error, EngineFailed)
+    backend.on_forward = lambda: None
+    assert text_of(submit(engine, [1, 2, 3])) == answer([1, 2, 3])
+    assert statistics.snapshot().errors == 1
+
+
+def test_a_full_queue_refuses_with_a_time(engine_of):
+    backend = FakeBatchBackend(num_sequences=1)
+    brake = Brake(backend)
+    engine = engine_of(backend, max_waiting=1)
+    generations = [submit(engine, [1]), submit(engine, [2])]
+    with pytest.raises(QueueFull) as caught:
+        submit(engine, [3])
+    assert caught.value.retry_after >= 1
+    brake.release()
+    assert all(isinstance(events_of(generation)[-1], GenerationEnd) for generation in generations)
+
+
+def test_closing_ends_what_runs_and_what_waits(engine_of):
+    backend = FakeBatchBackend(num_sequences=1)
+    brake = Brake(backend)
+    engine = engine_of(backend)
+    generations = [submit(engine, [1], max_tokens=200), submit(engine, [2])]
+    brake.wait()
+    threading.Timer(0.05, brake.release).start()
+    engine.close()
+    assert all(isinstance(events_of(generation)[-1].error, ShuttingDown) for generation in generations)
+    with pytest.raises(ShuttingDown):
+        submit(engine, [3])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    jobs=st.lists(
+        st.tuples(
+            st.integers(0, 2), st.integers(1, 120), st.integers(1, 20), st.integers(1, 4), st.none() | st.integers(0, 10)
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    num_sequences=st.integers(1, 4),
+)
+def test_whatever_is_submitted_and_cancelled_is_answered_right_and_nothing_is_left(engine_of, jobs, num_sequences):
+    """Prompts of three families, so that they share beginnings with what runs, what waits and what has run."""
+    backend = FakeBatchBackend(num_sequences=num_sequences)
+    engine = engine_of(backend, max_waiting=20)
+    kept = []
+    for family, length, max_tokens, n, close_after in jobs:
+        prompt_ids = [family] * length
+        generation = submit(engine, prompt_ids, max_tokens, n=n)
+        if close_after is None:
+            kept.append((generation, answer(prompt_ids, max_tokens), n))
+        else:
+            generation.read(close_after, timeout=0.001)
+            generation.close()
+    for generation, expected, n in kept:
+        assert isinstance(events_of(generation)[-1], GenerationEnd)
+        assert [text_of(generation, choice) for choice in range(n)] == [expected] * n
+    assert engine.drain(TIMEOUT)
+    time.sleep(0)
+    assert not engine._num_open and not engine._choices
+    assert engine._budget._free == engine._budget.cores
