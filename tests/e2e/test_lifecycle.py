@@ -50,7 +50,8 @@ class Follower(threading.Thread):
 def test_broken_model_files_are_refused_with_the_reason_while_another_stream_runs_on(tmp_path):
     good = write_llama_bpe(tmp_path / "good.gguf")
     files = broken_files(tmp_path, good)
-    tables = "".join(harness.table(id=f"broken/{name}", source=str(path), load="on_demand") for name, path in files.items())
+    options = {"load": "on_demand", "engine": "ctransformers"}
+    tables = "".join(harness.table(id=f"broken/{name}", source=str(path), **options) for name, path in files.items())
     with harness.llmserve(harness.model_table() + tables) as server:
         follower = Follower(server.port, max_tokens=900)
         follower.start()
