@@ -101,13 +101,18 @@ class BatchEngine(Engine):
 
     def _advance(self) -> bool:
         """One pass for everybody; whether there was anything to do."""
-        self._dismiss()
-        self._admit()
-        for lane in self._lanes:
-            self._follow(lane)
-        batch = self._plan()
-        if batch:
-            self._pass(batch)
+        try:
+            self._dismiss()
+            self._admit()
+            for lane in self._lanes:
+                self._follow(lane)
+            batch = self._plan()
+            if batch:
+                self._pass(batch)
+        except Exception as error:  # nobody knows what the cells hold then
+            log.exception("the engine failed in a pass")
+            self._reset(error)
+            return True
         return bool(batch)
 
     # Who comes and leaves.
@@ -202,6 +207,13 @@ class BatchEngine(Engine):
         del self._num_open[job]
         self._end(job, error)
 
+    def _reset(self, error: Exception) -> None:
+        """End all that has begun, and forget what the cells hold."""
+        for job in list(self._num_open):
+            self._drop(job, error)
+        for lane in self._lanes:
+            self._truncate(lane, 0)
+
     # What a pass does.
 
     def _plan(self) -> list[tuple[_Lane, int]]:
@@ -222,19 +234,12 @@ class BatchEngine(Engine):
         return batch
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
-        try:
-            self._forward([self._piece(lane, num_tokens) for lane, num_tokens in batch])
-            for index, (lane, num_tokens) in enumerate(batch):
-                lane.token_ids += lane.pending[:num_tokens]
-                del lane.pending[:num_tokens]
-                if not lane.pending:
-                    self._sample(lane, self._backend.logits(index))
-        except Exception as error:  # nobody knows what the cells hold then
-            log.exception("the engine failed in a pass")
-            for lane, _ in batch:
-                self._truncate(lane, 0)
-            for job in {lane.choice.job for lane, _ in batch if lane.choice is not None}:
-                self._drop(job, error)
+        self._forward([self._piece(lane, num_tokens) for lane, num_tokens in batch])
+        for index, (lane, num_tokens) in enumerate(batch):
+            lane.token_ids += lane.pending[:num_tokens]
+            del lane.pending[:num_tokens]
+            if not lane.pending:
+                self._sample(lane, self._backend.logits(index))
 
     def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
         return Piece(lane.number, len(lane.token_ids), lane.pending[:num_tokens], num_tokens == len(lane.pending))
