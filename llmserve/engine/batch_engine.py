@@ -21,7 +21,7 @@ from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, Delta
 from llmserve.engine.sequence import Sequence
-from llmserve.engine.slots import common_prefix_length
+from llmserve.engine.slots import common_prefix_length, gain
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 
@@ -143,12 +143,7 @@ class BatchEngine(Engine):
         """Put a choice into one of the free lanes, with as much of its prompt as that one holds or another one promises."""
         prompt_ids = choice.job.prompt_ids
         shared = {lane.number: self._num_shared(lane, prompt_ids) for lane in self._lanes}
-
-        def gain(lane: _Lane) -> int:
-            """A lane of which less than half would be used is left to whoever may come back for the rest."""
-            return shared[lane.number] if 2 * shared[lane.number] >= len(lane.token_ids) else 0
-
-        lane = max(free, key=lambda lane: (gain(lane), -lane.last_used))
+        lane = max(free, key=lambda lane: (gain(shared[lane.number], len(lane.token_ids)), -lane.last_used))
         for other in self._lanes:
             if other.leader is lane:
                 other.leader = None

@@ -63,17 +63,17 @@ class Slot:
 
 
 def choose(idle: Sequence[Slot], prompt_ids: Sequence[int]) -> Slot:
-    """The idle slot that shares the longest prefix with the prompt, else the least recently used one.
+    """The idle slot of which the prompt has most to gain, else the least recently used one."""
+    return max(idle, key=lambda slot: (gain(slot.num_reusable(prompt_ids), len(slot.token_ids)), -slot.last_used))
 
-    A slot of which less than half would be reused is left to whoever may come back for the rest: all chats of a model begin
+
+def gain(num_reusable: int, num_held: int) -> int:
+    """What it is worth to take a cache that holds `num_held` tokens, for a prompt that would reuse some of them.
+
+    One of which less than half would be reused is left to whoever may come back for the rest: all chats of a model begin
     alike, with its template's first words.
     """
-
-    def gain(slot: Slot) -> int:
-        num_reusable = slot.num_reusable(prompt_ids)
-        return num_reusable if 2 * num_reusable >= len(slot.token_ids) else 0
-
-    return max(idle, key=lambda slot: (gain(slot), -slot.last_used))
+    return num_reusable if 2 * num_reusable >= num_held else 0
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

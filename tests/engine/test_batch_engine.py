@@ -1,7 +1,6 @@
 """Continuous batching on a fake library: who is evaluated when, what is shared, and that nothing is lost."""
 
 import threading
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -292,6 +291,5 @@ def test_whatever_is_submitted_and_cancelled_is_answered_right_and_nothing_is_le
         assert isinstance(events_of(generation)[-1], GenerationEnd)
         assert [text_of(generation, choice) for choice in range(n)] == [expected] * n
     assert engine.drain(TIMEOUT)
-    time.sleep(0)
     assert not engine._num_open and not engine._choices
     assert engine._budget._free == engine._budget.cores
