@@ -1,6 +1,6 @@
 """Continuous batching: one thread, and one forward pass for everybody, over and over.
 
-Each pass evaluates the next token of every sequence that decodes, and a bounded piece of the prompts that are being read: a
+Each pass evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
 long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two passes.
 
 A prompt takes the longest beginning that any sequence holds, also one that is running, or is about to hold.
@@ -54,6 +54,7 @@ class _Lane:
     choice: _Choice | None = None
     sequence: Sequence | None = None
     reading: bool = False  # its prompt
+    due: int = 0  # who is due first is read first: the prompt tokens read before it came, and its own
     leader: _Lane | None = None  # holds, or will hold, the beginning of this one's prompt
     num_shared: int = 0  # tokens to take from the leader
     lookup: PromptLookup | None = None  # of a sequence that decodes
@@ -83,6 +84,7 @@ class BatchEngine(Engine):
         self._lanes = [_Lane(number) for number in range(backend.num_sequences)]
         self._choices: deque[_Choice] = deque()  # of jobs that have begun; without a lane as yet
         self._num_open: Counter[Job] = Counter()  # choices of each job that are not complete
+        self._num_read = 0  # prompt tokens
         self._pass_cost = PassCost()
         self._start_thread("llmserve-batch", self._serve)
 
@@ -154,6 +156,7 @@ class BatchEngine(Engine):
         num_kept = shared.pop(lane.number)
         self._truncate(lane, num_kept)
         lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
+        lane.due = self._num_read + len(lane.pending)
         lane.sequence = Sequence(choice.index, prompt_ids, choice.job.params, self.tokenizer)
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
@@ -182,6 +185,7 @@ class BatchEngine(Engine):
             self._backend.copy(leader.number, lane.number)
             self._backend.truncate(lane.number, lane.num_shared)
             lane.token_ids, lane.pending = prompt_ids[: lane.num_shared], prompt_ids[lane.num_shared :]
+            lane.due = self._num_read + len(lane.pending)
             self._note_cached(lane)
 
     def _note_cached(self, lane: _Lane) -> None:
@@ -219,18 +223,20 @@ class BatchEngine(Engine):
     def _plan(self) -> list[tuple[_Lane, int]]:
         """Lanes and how many of their pending tokens are evaluated now: every decoding one's, and a piece of the prompts.
 
-        Prompts share what there is, the shortest first: so it is through before long ones, which get what it leaves.
+        One prompt is read after the other, for the library makes a pass of its own for pieces of each length. The shortest goes
+        first, but a long one need not wait for more tokens than it has (fair queueing by virtual finish times).
         """
         decoding = [lane for lane in self._lanes if lane.choice is not None and not lane.reading]
         reading = [lane for lane in self._lanes if lane.reading and lane.leader is None]
         batch = [(lane, 1) for lane in decoding]
         room = self._settings.prefill_chunk * (1 if decoding else CHUNKS_ALONE)
         room = min(room, self._backend.batch_size - len(decoding))
-        for num_before, lane in enumerate(sorted(reading, key=lambda lane: len(lane.pending))):
-            num_tokens = min(len(lane.pending), room // (len(reading) - num_before))
+        for lane in sorted(reading, key=lambda lane: lane.due):
+            num_tokens = min(len(lane.pending), room)
             if num_tokens:
                 batch.append((lane, num_tokens))
                 room -= num_tokens
+                self._num_read += num_tokens
         return self._with_drafts(batch)
 
     def _with_drafts(self, batch: list[tuple[_Lane, int]]) -> list[tuple[_Lane, int]]:

@@ -131,6 +131,20 @@ def test_a_short_prompt_is_not_stuck_behind_a_long_one(engine_of):
     brake.release()
 
 
+def test_a_long_prompt_is_not_stuck_behind_ever_more_short_ones(engine_of):
+    backend = FakeBatchBackend(context_length=512)
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16, max_waiting=100)
+    long = submit(engine, [9] * 400, max_tokens=1)
+    brake.wait()
+    short = [submit(engine, [number] * 30, max_tokens=1) for number in range(10, 50)]
+    brake.release()
+    assert text_of(long) == answer([9] * 400, 1)
+    assert all(isinstance(events_of(generation)[-1], GenerationEnd) for generation in short)
+    reads_the_end = [any(position + num_tokens == 400 for _, position, num_tokens in pieces) for pieces in backend.passes]
+    assert reads_the_end.index(True) < 2 * 400 / 16 + 4  # half of what is read by then is its own
+
+
 def test_what_an_idle_sequence_holds_is_not_read_again(engine_of):
     backend = FakeBatchBackend()
     engine = engine_of(backend)
