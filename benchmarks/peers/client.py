@@ -1,0 +1,107 @@
+"""One thread that speaks for all clients: it shares the cores with what it measures.
+
+A client is a script: a generator that yields requests, one after the other, and is sent what it saw of each answer.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import selectors
+import socket
+import time
+from collections.abc import Generator, Iterable
+from typing import NamedTuple
+
+from benchmarks.harness import Stream, read_stream
+
+
+class Request(NamedTuple):
+    """What is sent, not before `at` seconds of the run. `role` tells requests of different kinds apart."""
+
+    payload: bytes
+    at: float = 0.0
+    role: str = ""
+
+
+Script = Generator[Request, Stream | None, None]
+
+
+class Answer(NamedTuple):
+    """`sent`: seconds of the run when the request went out."""
+
+    role: str
+    sent: float
+    stream: Stream
+
+
+class Trace(NamedTuple):
+    """A run: what came of its requests, and the seconds that this process computed for it."""
+
+    answers: list[Answer]
+    client_seconds: float
+
+
+class _Exchange(NamedTuple):
+    script: Script
+    role: str
+    sent: float
+    arrivals: list[tuple[float, bytes]]
+
+
+def drive(port: int, scripts: Iterable[Script]) -> Trace:
+    """Run the scripts side by side. Raises RuntimeError when an answer is not a stream with status 200."""
+    return _Run(port).drive(scripts)
+
+
+class _Run:
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        self._due: list[tuple[float, int, Request, Script]] = []  # a heap, by time and then in order
+        self._order = itertools.count()
+        self._answers: list[Answer] = []
+        self._begun = 0.0
+
+    def drive(self, scripts: Iterable[Script]) -> Trace:
+        self._begun, computed = time.perf_counter(), time.process_time()
+        for script in scripts:
+            self._advance(script, None)
+        while self._due or self._selector.get_map():
+            while self._due and self._due[0][0] <= self._now():
+                self._send(*heapq.heappop(self._due)[2:])
+            patience = max(0.0, self._due[0][0] - self._now()) if self._due else None
+            for key, _ in self._selector.select(patience):
+                self._receive(key)
+        self._selector.close()
+        return Trace(self._answers, time.process_time() - computed)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def _advance(self, script: Script, stream: Stream | None) -> None:
+        """Let the script say what it wants next."""
+        try:
+            request = script.send(stream)
+        except StopIteration:
+            return
+        heapq.heappush(self._due, (request.at, next(self._order), request, script))
+
+    def _send(self, request: Request, script: Script) -> None:
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=600)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        exchange = _Exchange(script, request.role, self._now(), [])
+        connection.sendall(request.payload)
+        self._selector.register(connection, selectors.EVENT_READ, exchange)
+
+    def _receive(self, key: selectors.SelectorKey) -> None:
+        connection, exchange = key.fileobj, key.data
+        assert isinstance(connection, socket.socket) and isinstance(exchange, _Exchange)
+        if piece := connection.recv(65536):
+            exchange.arrivals.append((self._now() - exchange.sent, piece))
+            return
+        self._selector.unregister(connection)
+        connection.close()
+        stream = read_stream(exchange.arrivals)
+        self._answers.append(Answer(exchange.role, exchange.sent, stream))
+        self._advance(exchange.script, stream)
