@@ -32,7 +32,7 @@ def _ask(content: str, max_tokens: int, *, system: str = "", at: float = 0.0, ro
 
 def _send(requests: Iterator[Request]) -> Script:
     """A client that sends them one after the other; several may share an iterator."""
-    yield from requests
+    return (request for request in requests)  # no `yield from`: a list's iterator is sent nothing
 
 
 def _each(requests: list[Request]) -> list[Script]:
