@@ -45,7 +45,7 @@ PEERS = {
     ),
     "llama_cpp.server": Peer(
         "llama_cpp_python",
-        f"llama-cpp-python[server]=={version('llama-cpp-python')}",
+        "llama-cpp-python[server]",
         "/v1/models",
         "one request at a time; interrupt_requests off",
     ),
@@ -94,13 +94,18 @@ def describe(name: str, setup: Setup) -> str:
 
 def install(names: list[str], folder: Path) -> None:
     """Put the peers into an environment of their own, if they are not there."""
-    requirements = [PEERS[name].requirement for name in names if name in PEERS]
+    requirements = [_requirement(PEERS[name]) for name in names if name in PEERS]
     if not requirements:
         return
     if not python(folder).exists():
         venv.create(folder / "venv", with_pip=True)
     print(f"installing {', '.join(requirements)} …", file=sys.stderr)
     subprocess.run([python(folder), "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements], check=True)
+
+
+def _requirement(peer: Peer) -> str:
+    """The newest, but of the library that llmserve has itself: the same."""
+    return f"{peer.requirement}=={version('llama-cpp-python')}" if "llama-cpp" in peer.requirement else peer.requirement
 
 
 def python(folder: Path) -> Path:
