@@ -77,8 +77,17 @@ class Server:
 
     def worker_pid(self) -> int:
         """gunicorn's worker: the process that has the models."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        return _children(self.process.pid)[0]
+
+    def cpu_seconds(self) -> float:
+        """What its processes have computed, without what the host took away meanwhile (proc(5), /proc/PID/stat)."""
+        pids = [self.process.pid, *_children(self.process.pid)]
+        ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+        return sum(int(user) + int(system) for user, system in ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextmanager

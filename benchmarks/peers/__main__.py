@@ -61,10 +61,13 @@ def _run(workload: str, name: str, setup: Setup, number: int) -> Summary:
         return found | {"stolen": harness.steal(before, harness.cpu_times())}
     with servers.start(name, setup) as server:
         client.drive(server.port, warm_up())
-        before = harness.cpu_times()
-        trace = client.drive(server.port, WORKLOADS[workload].scripts(number))
-        found = summarize(trace) | {"stolen": harness.steal(before, harness.cpu_times())}
-    shown = {key: round(found[key], 4) for key in (WORKLOADS[workload].key, "stolen", "num_tokens", "client_share")}
+        before, computed = harness.cpu_times(), server.cpu_seconds()
+        found = summarize(client.drive(server.port, WORKLOADS[workload].scripts(number)))
+        found["stolen"] = harness.steal(before, harness.cpu_times())
+        found["cpu_per_token"] = (server.cpu_seconds() - computed) / found["num_tokens"]
+    shown = {
+        key: round(found[key], 4) for key in (WORKLOADS[workload].key, "cpu_per_token", "stolen", "num_tokens", "client_share")
+    }
     print(f"  {number} {name}: {shown}", file=sys.stderr)
     return found
 

@@ -22,6 +22,7 @@ KEYS = {
     "again_e2e": ("E2E of the repeated", "ms", 1e3),
     "disturbed_itl_p99": ("others' ITL p99 meanwhile", "ms", 1e3),
     "goodput": ("goodput", "requests/s", 1.0),
+    "cpu_per_token": ("CPU time per output token", "ms", 1e3),
     "ttft_p50": ("TTFT p50", "ms", 1e3),
     "ttft_p99": ("TTFT p99", "ms", 1e3),
     "itl_p50": ("ITL p50", "ms", 1e3),
@@ -31,7 +32,18 @@ KEYS = {
 }
 """Title and unit of a summary's figures, and what they are multiplied with."""
 
-_COLUMNS = ["output_rate", "decode_rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "e2e_p50", "e2e_p99", "goodput"]
+_COLUMNS = [
+    "output_rate",
+    "decode_rate",
+    "ttft_p50",
+    "ttft_p99",
+    "itl_p50",
+    "itl_p99",
+    "e2e_p50",
+    "e2e_p99",
+    "goodput",
+    "cpu_per_token",
+]
 
 
 class Measured(NamedTuple):
