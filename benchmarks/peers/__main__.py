@@ -65,9 +65,8 @@ def _run(workload: str, name: str, setup: Setup, number: int) -> Summary:
         found = summarize(client.drive(server.port, WORKLOADS[workload].scripts(number)))
         found["stolen"] = harness.steal(before, harness.cpu_times())
         found["cpu_per_token"] = (server.cpu_seconds() - computed) / found["num_tokens"]
-    shown = {
-        key: round(found[key], 4) for key in (WORKLOADS[workload].key, "cpu_per_token", "stolen", "num_tokens", "client_share")
-    }
+    keys = (WORKLOADS[workload].key, "cpu_per_token", "stolen", "num_tokens", "client_share")
+    shown = {key: round(found[key], 4) for key in keys if key in found}
     print(f"  {number} {name}: {shown}", file=sys.stderr)
     return found
 

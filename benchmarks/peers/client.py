@@ -15,12 +15,19 @@ from typing import NamedTuple
 
 from benchmarks.harness import Stream, read_stream
 
+_RUNNING = 8
+"""Pieces that have come of a stream that is surely being decoded; a head and an empty first content are among them."""
+
 
 class Request(NamedTuple):
-    """What is sent, not before `at` seconds of the run. `role` tells requests of different kinds apart."""
+    """What is sent: not before `at` seconds of the run, nor before `beside` streams run, unless all end before.
+
+    `role` tells requests of different kinds apart.
+    """
 
     payload: bytes
     at: float = 0.0
+    beside: int = 0
     role: str = ""
 
 
@@ -59,6 +66,7 @@ class _Run:
         self._port = port
         self._selector = selectors.DefaultSelector()
         self._due: list[tuple[float, int, Request, Script]] = []  # a heap, by time and then in order
+        self._held: list[tuple[Request, Script]] = []  # until others run
         self._order = itertools.count()
         self._answers: list[Answer] = []
         self._begun = 0.0
@@ -67,7 +75,8 @@ class _Run:
         self._begun, computed = time.perf_counter(), time.process_time()
         for script in scripts:
             self._advance(script, None)
-        while self._due or self._selector.get_map():
+        while self._due or self._held or self._selector.get_map():
+            self._release()
             while self._due and self._due[0][0] <= self._now():
                 self._send(*heapq.heappop(self._due)[2:])
             patience = max(0.0, self._due[0][0] - self._now()) if self._due else None
@@ -85,7 +94,21 @@ class _Run:
             request = script.send(stream)
         except StopIteration:
             return
-        heapq.heappush(self._due, (request.at, next(self._order), request, script))
+        if request.beside:
+            self._held.append((request, script))
+        else:
+            heapq.heappush(self._due, (request.at, next(self._order), request, script))
+
+    def _release(self) -> None:
+        """Make those due that wait for no more streams."""
+        if not self._held:
+            return
+        exchanges = [key.data for key in self._selector.get_map().values()]
+        num_running = sum(len(exchange.arrivals) >= _RUNNING for exchange in exchanges)
+        for request, script in list(self._held):
+            if num_running >= request.beside or not (exchanges or self._due):
+                self._held.remove((request, script))
+                heapq.heappush(self._due, (request.at, next(self._order), request, script))
 
     def _send(self, request: Request, script: Script) -> None:
         connection = socket.create_connection(("127.0.0.1", self._port), timeout=600)

@@ -29,6 +29,8 @@ KEYS = {
     "itl_p99": ("ITL p99", "ms", 1e3),
     "e2e_p50": ("E2E p50", "ms", 1e3),
     "e2e_p99": ("E2E p99", "ms", 1e3),
+    "num_tokens": ("output", "tokens", 1.0),
+    "client_share": ("client's CPU", "% of a core", 100.0),
 }
 """Title and unit of a summary's figures, and what they are multiplied with."""
 

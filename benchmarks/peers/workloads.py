@@ -25,9 +25,9 @@ def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def _ask(content: str, max_tokens: int, *, system: str = "", at: float = 0.0, role: str = "", store: bool = False) -> Request:
+def _ask(content: str, max_tokens: int, *, system: str = "", store: bool = False) -> Request:
     messages = [{"role": "system", "content": system}] if system else []
-    return Request(chat_request([*messages, _user(content)], max_tokens, store=store), at, role)
+    return Request(chat_request([*messages, _user(content)], max_tokens, store=store))
 
 
 def _send(requests: Iterator[Request]) -> Script:
@@ -78,14 +78,14 @@ def _conversation(opening: str, num_turns: int) -> Script:
 def long_prompt(number: int) -> list[Script]:
     """Four streams, and when they run, a prompt of some 1,250 tokens."""
     facts = " ".join(f"Fact {n} of {number}: the {story(n).split('about ')[1]}" for n in range(48))
-    arriving = _ask(f"{facts} Write a very long story with all of this.", 8, at=1.5, role="long")
-    return _each([*_stories(4, 80, number), arriving])
+    arriving = _ask(f"{facts} Write a very long story with all of this.", 8)
+    return _each([*_stories(4, 96, number), arriving._replace(beside=4, role="long")])
 
 
 def repeated(number: int) -> list[Script]:
     """One request, and then the same again."""
-    first, *again = [_ask(story(100 * number), 64, store=True, role=role) for role in ("first", "again", "again", "again")]
-    return [_send(iter([first, *again]))]
+    request = _ask(story(100 * number), 64, store=True)
+    return [_send(iter([request, *[request._replace(role="again")] * 3]))]
 
 
 def _poisson(rate: float, seconds: float = 12.0) -> Callable[[int], list[Script]]:
@@ -98,7 +98,7 @@ def _poisson(rate: float, seconds: float = 12.0) -> Callable[[int], list[Script]
         while moment < seconds:
             moments.append(moment)
             moment += draw.expovariate(rate)
-        return _each([_ask(story(n + 100 * number), 32, at=moment) for n, moment in enumerate(moments or [0.0])])
+        return _each([_ask(story(n + 100 * number), 32)._replace(at=moment) for n, moment in enumerate(moments or [0.0])])
 
     return scripts
 
@@ -112,7 +112,7 @@ WORKLOADS: dict[str, Workload] = {
     "concurrent_32": Workload("32 distinct prompts at once, 48 tokens each", concurrent_32, "output_rate"),
     "shared_prefix": Workload("16 requests with one 400-token system prompt, 8 at a time, 16 tokens each", shared_prefix, "seconds"),
     "turns": Workload("4 conversations of 4 turns, 32 tokens each", turns, "output_rate"),
-    "long_prompt": Workload("a prompt of 1,250 tokens arrives among 4 streams of 80 tokens", long_prompt, "disturbed_itl_p99"),
+    "long_prompt": Workload("a prompt of 1,250 tokens arrives among 4 streams of 96 tokens", long_prompt, "disturbed_itl_p99"),
     "repeated": Workload("one request again, 64 tokens", repeated, "again_e2e"),
 } | {
     name: Workload(f"Poisson arrivals for 12 s, {rate:g} requests/s, 32 tokens each", _poisson(rate), "goodput")

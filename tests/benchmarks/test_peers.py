@@ -85,7 +85,7 @@ class TestFigures:
         assert disturbed_itls([others, long]) == pytest.approx([0.3, 0.2, 0.8, 0.1])
 
     def test_repeated_requests_are_told_from_the_first(self):
-        answers = [Answer("first", 0.0, stream(5.0)), *(Answer("again", 6.0, stream(each)) for each in (0.1, 0.3, 0.2))]
+        answers = [Answer("", 0.0, stream(5.0)), *(Answer("again", 6.0, stream(each)) for each in (0.1, 0.3, 0.2))]
         assert summarize(Trace(answers, 0.0))["again_e2e"] == 0.2
 
     def test_the_calmest_rounds_count(self, monkeypatch):
@@ -160,6 +160,13 @@ class TestClient:
         trace = drive(echo, [script(Request(b"late", at=0.05)), script(Request(b"early"))])
         assert [answer.stream.text for answer in trace.answers] == ["early", "late"]
         assert trace.answers[1].sent >= 0.05
+
+    def test_what_wants_company_waits_for_it_or_for_the_end(self, echo):
+        def script(request):
+            yield request
+
+        trace = drive(echo, [script(Request(b"held", beside=1)), script(Request(b"first")), script(Request(b"later", at=0.02))])
+        assert [answer.stream.text for answer in trace.answers] == ["first", "later", "held"]
 
     def test_a_server_that_hangs_up_ends_the_run(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
