@@ -45,6 +45,8 @@ _COLUMNS = [
     "e2e_p99",
     "goodput",
     "cpu_per_token",
+    "num_tokens",
+    "client_share",
 ]
 
 
