@@ -64,15 +64,16 @@ def shared_prefix(number: int) -> list[Script]:
 
 
 def turns(number: int) -> list[Script]:
-    return [_conversation(f"{story(n + 100 * number)}", num_turns=4) for n in range(4)]
+    return [_conversation([story(n + 4 * turn + 100 * number) for turn in range(4)]) for n in range(4)]
 
 
-def _conversation(opening: str, num_turns: int) -> Script:
-    messages = [_user(opening)]
-    for _ in range(num_turns):
+def _conversation(wishes: list[str]) -> Script:
+    messages: list[dict[str, str]] = []
+    for wish in wishes:
+        messages = [*messages, _user(wish)]
         stream = yield Request(chat_request(messages, 32))
         assert stream is not None
-        messages = [*messages, {"role": "assistant", "content": stream.text}, _user("Continue with a very long chapter.")]
+        messages = [*messages, {"role": "assistant", "content": stream.text}]
 
 
 def long_prompt(number: int) -> list[Script]:
