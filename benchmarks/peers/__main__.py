@@ -45,7 +45,7 @@ def measure(workload: str, names: list[str], setup: Setup, rounds: int) -> Measu
     bare = [name for name in floors.of(workload) if name in names]
     described = {name: servers.describe(name, setup) for name in names if name in servers.NAMES}
     described |= dict.fromkeys(bare, "a bare loop without server, sampler or text")
-    found = calmest(rounds, partial(_round, workload, list(described), setup), at_most=rounds + (rounds + 1) // 2)
+    found = calmest(rounds, partial(_round, workload, list(described), setup), at_most=rounds + 1)
     return Measured(workload, described, found)
 
 

@@ -89,7 +89,7 @@ def repeated(number: int) -> list[Script]:
     return [_send(iter([request, *[request._replace(role="again")] * 3]))]
 
 
-def _poisson(rate: float, seconds: float = 12.0) -> Callable[[int], list[Script]]:
+def _poisson(rate: float, seconds: float = 10.0) -> Callable[[int], list[Script]]:
     """Requests whose distances are exponentially distributed, whatever becomes of those before."""
 
     def scripts(number: int) -> list[Script]:
@@ -116,7 +116,7 @@ WORKLOADS: dict[str, Workload] = {
     "long_prompt": Workload("a prompt of 1,250 tokens arrives among 4 streams of 96 tokens", long_prompt, "disturbed_itl_p99"),
     "repeated": Workload("one request again, 64 tokens", repeated, "again_e2e"),
 } | {
-    name: Workload(f"Poisson arrivals for 12 s, {rate:g} requests/s, 32 tokens each", _poisson(rate), "goodput")
+    name: Workload(f"Poisson arrivals for 10 s, {rate:g} requests/s, 32 tokens each", _poisson(rate), "goodput")
     for name, rate in POISSON_RATES.items()
 }  # fmt: skip
 

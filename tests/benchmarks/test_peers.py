@@ -217,7 +217,7 @@ class TestWorkloads:
     def test_arrivals_are_as_many_as_their_rate_says(self):
         moments = [[next(script).at for script in WORKLOADS["poisson_high"].scripts(number)] for number in range(40)]
         assert all(earlier < later for each in moments for earlier, later in pairwise(each))
-        assert 12 * POISSON_RATES["poisson_high"] == pytest.approx(sum(map(len, moments)) / 40, rel=0.15)
+        assert 10 * POISSON_RATES["poisson_high"] == pytest.approx(sum(map(len, moments)) / 40, rel=0.15)
 
 
 @pytest.fixture
