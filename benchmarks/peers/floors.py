@@ -1,4 +1,4 @@
-"""The bare loops, on prompts of the workload's length. They say nothing of requests, only how fast tokens can be made."""
+"""The bare loops, on prompts of the workload's length, which they read whole: no chat template's beginning is there before."""
 
 from __future__ import annotations
 

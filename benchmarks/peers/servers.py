@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -89,7 +90,8 @@ def describe(name: str, setup: Setup) -> str:
         code = f"from importlib.metadata import version; print(version({peer.distribution!r}))"
         found = subprocess.run([python(setup.folder), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         what = f"{peer.distribution} {found}: {peer.note}"
-    return f"{what}; weights {layout}"
+    waiting = "".join(f"; {key}={value}" for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_")))
+    return f"{what}; {setup.threads} threads, {setup.slots} slots; weights {layout}{waiting}"
 
 
 def install(names: list[str], folder: Path) -> None:
