@@ -19,6 +19,9 @@ _RUNNING = 8
 """Pieces that have come of a stream that is surely being decoded; a head and an empty first content are among them."""
 
 
+_PATIENCE = 600.0  # seconds
+
+
 class Request(NamedTuple):
     """What is sent: not before `at` seconds of the run, nor before `beside` streams run, unless all end before.
 
@@ -57,7 +60,7 @@ class _Exchange(NamedTuple):
 
 
 def drive(port: int, scripts: Iterable[Script]) -> Trace:
-    """Run the scripts side by side. Raises RuntimeError when an answer is not a stream with status 200."""
+    """Run the scripts side by side. Raises RuntimeError for an answer that is no stream with status 200, OSError for none."""
     return _Run(port).drive(scripts)
 
 
@@ -75,15 +78,25 @@ class _Run:
         self._begun, computed = time.perf_counter(), time.process_time()
         for script in scripts:
             self._advance(script, None)
-        while self._due or self._held or self._selector.get_map():
-            self._release()
-            while self._due and self._due[0][0] <= self._now():
-                self._send(*heapq.heappop(self._due)[2:])
-            patience = max(0.0, self._due[0][0] - self._now()) if self._due else None
-            for key, _ in self._selector.select(patience):
-                self._receive(key)
-        self._selector.close()
+        try:
+            while self._due or self._held or self._selector.get_map():
+                self._step()
+        finally:
+            for key in list(self._selector.get_map().values()):
+                self._close(key)
+            self._selector.close()
         return Trace(self._answers, time.process_time() - computed)
+
+    def _step(self) -> None:
+        """Send what is due, and take what comes until something else is."""
+        self._release()
+        while self._due and self._due[0][0] <= self._now():
+            self._send(*heapq.heappop(self._due)[2:])
+        ready = self._selector.select(max(0.0, self._due[0][0] - self._now()) if self._due else _PATIENCE)
+        if not ready and not self._due:
+            raise TimeoutError(f"nothing came for {_PATIENCE:g} s")
+        for key, _ in ready:
+            self._receive(key)
 
     def _now(self) -> float:
         return time.perf_counter() - self._begun
@@ -111,20 +124,22 @@ class _Run:
                 heapq.heappush(self._due, (request.at, next(self._order), request, script))
 
     def _send(self, request: Request, script: Script) -> None:
-        connection = socket.create_connection(("127.0.0.1", self._port), timeout=600)
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=_PATIENCE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         exchange = _Exchange(script, request.role, self._now(), [])
-        connection.sendall(request.payload)
         self._selector.register(connection, selectors.EVENT_READ, exchange)
+        connection.sendall(request.payload)
 
     def _receive(self, key: selectors.SelectorKey) -> None:
-        connection, exchange = key.fileobj, key.data
-        assert isinstance(connection, socket.socket) and isinstance(exchange, _Exchange)
-        if piece := connection.recv(65536):
+        exchange = key.data
+        if piece := key.fileobj.recv(65536):
             exchange.arrivals.append((self._now() - exchange.sent, piece))
             return
-        self._selector.unregister(connection)
-        connection.close()
+        self._close(key)
         stream = read_stream(exchange.arrivals)
         self._answers.append(Answer(exchange.role, exchange.sent, stream))
         self._advance(exchange.script, stream)
+
+    def _close(self, key: selectors.SelectorKey) -> None:
+        self._selector.unregister(key.fileobj)
+        key.fileobj.close()
