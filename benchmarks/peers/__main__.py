@@ -25,9 +25,9 @@ _RESULTS = Path(__file__).parents[1] / "results" / "peers"
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
-    folder = options.results.resolve()
+    folder = options.results or _RESULTS / f"{options.threads}-threads-{options.slots}-slots"
     folder.mkdir(parents=True, exist_ok=True)
-    servers.install(options.servers, folder)
+    servers.install(options.servers)
     setup = servers.set_up(folder, options.threads, options.slots)
     for workload in options.workloads:
         print(f"{workload} …", file=sys.stderr)
@@ -79,7 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--results", type=Path, default=_RESULTS)
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     return parser.parse_args(arguments)
 

@@ -18,7 +18,6 @@ from benchmarks.harness import Stream, read_stream
 _RUNNING = 8
 """Pieces that have come of a stream that is surely being decoded; a head and an empty first content are among them."""
 
-
 _PATIENCE = 600.0  # seconds
 
 

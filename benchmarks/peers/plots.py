@@ -41,17 +41,18 @@ def _workloads(measured: dict[str, Measured], path: Path) -> None:
 
 
 def _latencies(measured: dict[str, Measured], path: Path) -> None:
-    """Time to the first content, half of the requests and the slowest, of each workload."""
+    """Time to the first content of each workload: half of the requests, and behind it the slowest."""
     figure, panels = _panels(len(measured))
     for panel, (name, each) in zip(panels, measured.items(), strict=False):
-        for key, style in (("ttft_p50", "o"), ("ttft_p99", "_")):
-            for row, server in enumerate(_served(each, key)):
-                panel.plot(statistics.median(each.values(server, key)), row, style, color=_COLOURS[server], markersize=9)
-        panel.set_yticks(range(len(_served(each, "ttft_p50"))), _served(each, "ttft_p50"), fontsize=7)
-        panel.set_xscale("log")
-        panel.set_xlabel("TTFT in ms: p50 (dot), p99 (dash)", fontsize=7)
+        servers = _served(each, "ttft_p50")
+        colours = [_COLOURS[server] for server in servers]
+        for key, alpha in (("ttft_p99", 0.35), ("ttft_p50", 1.0)):
+            medians = [statistics.median(each.values(server, key)) for server in servers]
+            panel.barh(range(len(servers)), medians, color=colours, alpha=alpha)
+        panel.set_yticks(range(len(servers)), servers, fontsize=7)
+        panel.invert_yaxis()
+        panel.set_xlabel("TTFT in ms: p50, and p99 in pale (less is better)", fontsize=7)
         panel.set_title(WORKLOADS[name].title, fontsize=8, wrap=True)
-        panel.margins(y=0.3)
     figure.savefig(path, dpi=130)
 
 
@@ -60,7 +61,7 @@ def _poisson(measured: dict[float, Measured], path: Path) -> None:
     if not measured:
         return
     figure, panels = _panels(3)
-    servers = list(dict.fromkeys(server for each in measured.values() for server in each.servers))
+    servers = dict.fromkeys(server for each in measured.values() for server in _served(each, "ttft_p50"))
     for panel, key in zip(panels, ("ttft_p50", "ttft_p99", "goodput"), strict=True):
         for server in servers:
             points = {rate: each.values(server, key) for rate, each in measured.items() if each.values(server, key)}
@@ -72,8 +73,7 @@ def _poisson(measured: dict[float, Measured], path: Path) -> None:
         title, unit, _ = KEYS[key]
         panel.set_ylabel(f"{title} in {unit}", fontsize=8)
         panel.set_xlabel("requests per second (Poisson)", fontsize=8)
-        if key != "goodput":
-            panel.set_yscale("log")
+        panel.set_ylim(bottom=0)
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
 

@@ -125,11 +125,9 @@ def write(measured: dict[str, Measured], folder: Path) -> str:
 
 def _definitions() -> list[str]:
     assert summary.__doc__ is not None
-    return [
-        "",
-        summary.__doc__.replace("`SLO`", f"TTFT ≤ {summary.SLO.ttft:g} s and mean ITL ≤ {summary.SLO.mean_itl:g} s").strip(),
-        "",
-    ]
+    definitions = summary.__doc__.split("\n\n", 1)[1].strip()
+    objective = f"TTFT ≤ {summary.SLO.ttft:g} s and mean ITL ≤ {summary.SLO.mean_itl:g} s"
+    return ["", definitions.replace("`SLO`", objective), ""]
 
 
 def _servers(measured: dict[str, Measured]) -> list[str]:

@@ -17,6 +17,8 @@ from benchmarks import harness
 from benchmarks.harness import Server
 
 _LAUNCHER = Path(__file__).with_name("launch.py")
+_ENVIRONMENT = Path(__file__).parents[1] / "results" / "venv"
+_PYTHON = _ENVIRONMENT / "bin" / "python"
 
 
 class Setup(NamedTuple):
@@ -27,7 +29,7 @@ class Setup(NamedTuple):
     slots: int
     context_length: int
     repack: bool
-    folder: Path
+    logs: Path
 
 
 class Peer(NamedTuple):
@@ -54,23 +56,23 @@ PEERS = {
 NAMES = [LLMSERVE, *PEERS]
 
 
-def set_up(folder: Path, threads: int, slots: int) -> Setup:
+def set_up(logs: Path, threads: int, slots: int) -> Setup:
     path, repack = harness.batch_model()
-    return Setup(path, threads, slots, 2048, repack, folder)
+    return Setup(path, threads, slots, 2048, repack, logs)
 
 
 @contextmanager
 def start(name: str, setup: Setup) -> Iterator[Server]:
     """The server, once it can be used."""
-    log = setup.folder / f"{name}.log"
+    log = setup.logs / f"{name}.log"
     if name == LLMSERVE:
         with harness.llmserve(_config(setup), log=log) as server:
             yield server
         return
     port = harness.free_port()
     options = setup._asdict() | {"model": str(setup.model), "port": port, "repack": repacks(name, setup)}
-    del options["folder"]
-    command = [str(python(setup.folder)), str(_LAUNCHER), name, json.dumps(options)]
+    del options["logs"]
+    command = [str(_PYTHON), str(_LAUNCHER), name, json.dumps(options)]
     with harness.process(command, port, log=log) as server:
         server.wait(PEERS[name].ready)
         yield server
@@ -88,30 +90,26 @@ def describe(name: str, setup: Setup) -> str:
     else:
         peer = PEERS[name]
         code = f"from importlib.metadata import version; print(version({peer.distribution!r}))"
-        found = subprocess.run([python(setup.folder), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run([_PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         what = f"{peer.distribution} {found}: {peer.note}"
     waiting = "".join(f"; {key}={value}" for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_")))
     return f"{what}; {setup.threads} threads, {setup.slots} slots; weights {layout}{waiting}"
 
 
-def install(names: list[str], folder: Path) -> None:
+def install(names: list[str]) -> None:
     """Put the peers into an environment of their own, if they are not there."""
     requirements = [_requirement(PEERS[name]) for name in names if name in PEERS]
     if not requirements:
         return
-    if not python(folder).exists():
-        venv.create(folder / "venv", with_pip=True)
+    if not _PYTHON.exists():
+        venv.create(_ENVIRONMENT, with_pip=True)
     print(f"installing {', '.join(requirements)} …", file=sys.stderr)
-    subprocess.run([python(folder), "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements], check=True)
+    subprocess.run([_PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements], check=True)
 
 
 def _requirement(peer: Peer) -> str:
     """The newest, but of the library that llmserve has itself: the same."""
     return f"{peer.requirement}=={version('llama-cpp-python')}" if "llama-cpp" in peer.requirement else peer.requirement
-
-
-def python(folder: Path) -> Path:
-    return folder / "venv" / "bin" / "python"
 
 
 def _config(setup: Setup) -> str:
