@@ -16,8 +16,8 @@ from llmserve.errors import APIError
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an EOS token or a stop string
-    LENGTH = "length"  # max_tokens
+    STOP = "stop"  # an EOS token, a stop string, or the end of a grammar
+    LENGTH = "length"  # max_tokens, or a grammar that cannot go on
 
 
 class SamplingParams(NamedTuple):
@@ -37,6 +37,13 @@ class SamplingParams(NamedTuple):
     seed: int | None = None
 
 
+class Grammar(NamedTuple):
+    """What an answer is kept within: "json_schema" (`text` is the schema's JSON), "regex" (the whole answer matches it) or "lark"."""
+
+    kind: str
+    text: str
+
+
 class GenerationParams(NamedTuple):
     """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt."""
 
@@ -44,6 +51,7 @@ class GenerationParams(NamedTuple):
     n: int = 1
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
 
 
 class Delta(NamedTuple):
