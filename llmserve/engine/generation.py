@@ -54,11 +54,33 @@ class GenerationParams(NamedTuple):
     grammar: Grammar | None = None
 
 
+class TokenScore(NamedTuple):
+    """A token's logarithmic probability in the model's own distribution, and those of the likeliest in its place, likeliest first.
+
+    `piece` has the token's bytes, but for what a stop string cut off. `logprob` None: the first token of a prompt.
+    """
+
+    piece: bytes
+    logprob: float | None
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+class PromptScores(NamedTuple):
+    """The scores of every token of the prompt, before the first delta of `choice`."""
+
+    choice: int
+    tokens: tuple[TokenScore, ...]
+
+
 class Delta(NamedTuple):
-    """New text of one choice: never empty, never half a character, never part of a stop string."""
+    """New text of one choice: never half a character, never part of a stop string; never empty without `tokens`.
+
+    `tokens` are those that the text ends with it, when they were asked for.
+    """
 
     choice: int
     text: str
+    tokens: tuple[TokenScore, ...] = ()
 
 
 class ChoiceEnd(NamedTuple):
@@ -85,7 +107,7 @@ class Failed(NamedTuple):
     error: APIError
 
 
-Event = Delta | ChoiceEnd | GenerationEnd | Failed
+Event = PromptScores | Delta | ChoiceEnd | GenerationEnd | Failed
 
 
 class Generation:
