@@ -11,12 +11,13 @@ from llmserve.api import JSON, body, flow, render, schema
 from llmserve.api.context import Context, Request
 from llmserve.api.flow import Call, Prompt
 from llmserve.api.render import ChatWriter, ChunkStream, Tally
-from llmserve.api.responses import Response, ignored_header
+from llmserve.api.responses import Response
 from llmserve.api.schema import ChatRequest
 from llmserve.engine.generation import Event, GenerationParams
 from llmserve.errors import TemplateError
 
 if TYPE_CHECKING:
+    from llmserve.engine.chat_template import ChatTemplate, Segment
     from llmserve.engine.engine import Engine
 
 _LARGEST_REMEMBERED_BODY = 8192  # bytes
@@ -27,9 +28,9 @@ def parse(data: bytes) -> Call:
     """Raises InvalidRequest. Depends on nothing but the bytes, so what it returns may be remembered and shared."""
     chat, ignored = schema.parse_chat(body.parse_object(data))
     messages = [message.for_template() for message in chat.messages]
-    key = response_cache.key(chat.sampling(), "chat", messages, chat.token_limit, chat.n, chat.stop_strings)
+    key = response_cache.key(chat.sampling, "chat", messages, chat.shape)
     prompt = Prompt(key, partial(_prepare, chat, messages))
-    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat), ignored_header(ignored))
+    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat), tuple(ignored))
 
 
 _parse_again = lru_cache(_REMEMBERED_BODIES)(parse)  # so that a cached answer costs little more than its lookup
@@ -42,12 +43,18 @@ def create(ctx: Context, request: Request) -> Response:
 
 
 def _prepare(chat: ChatRequest, messages: list[JSON], engine: Engine) -> tuple[list[int], GenerationParams]:
-    segments = engine.chat_template.render(messages)
-    prompt_ids = flow.encode_prompt(engine, segments, "messages")
+    prompt_ids = flow.encode_prompt(engine, _segments(chat, messages, engine.chat_template), "messages")
     if not prompt_ids:
         raise TemplateError("The chat template makes an empty prompt of these messages.")
     max_tokens = flow.choose_max_tokens(chat.token_limit, len(prompt_ids), engine.context_length, "messages")
-    return prompt_ids, GenerationParams(max_tokens, chat.n, chat.stop_strings, chat.sampling())
+    return prompt_ids, chat.params(max_tokens, engine)
+
+
+def _segments(chat: ChatRequest, messages: list[JSON], template: ChatTemplate) -> tuple[Segment, ...]:
+    """The prompt. A final message that is to be continued is what an answer begins with, as far as it goes."""
+    if not chat.continue_final_message:
+        return template.render(messages, add_generation_prompt=chat.add_generation_prompt, **chat.chat_template_kwargs)
+    return flow.extend(template.render(messages[:-1], **chat.chat_template_kwargs), messages[-1]["content"])
 
 
 class ChatFormat:
