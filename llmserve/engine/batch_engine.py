@@ -233,7 +233,9 @@ class BatchEngine(Engine):
         return batch
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
-        self._forward([self._piece(lane, num_tokens) for lane, num_tokens in batch])
+        pieces = [self._piece(lane, num_tokens) for lane, num_tokens in batch]
+        with self._passes.lease(sum(num_tokens for _, num_tokens in batch)) as threads:
+            self._backend.forward(pieces, threads)
         for index, (lane, num_tokens) in enumerate(batch):
             if lane.scorer is not None:
                 self._score(lane, lane.scorer, index, num_tokens)
@@ -258,14 +260,6 @@ class BatchEngine(Engine):
         if num_tokens == len(lane.pending) and lane.choice is not None:
             lane.choice.job.generation.publish(PromptScores(0, tuple(scorer.tokens)))
             lane.scorer = None
-
-    def _forward(self, pieces: list[Piece]) -> None:
-        """One pass within the compute budget."""
-        threads = self._budget.acquire(at_most=self._budget.cores)
-        try:
-            self._backend.forward(pieces, threads)
-        finally:
-            self._budget.release(threads)
 
     def _sample(self, lane: _Lane, logits: Logits) -> None:
         """Choose the next token of a lane and say what it means."""
