@@ -35,6 +35,12 @@ def babble(held: Sequence[int]) -> int:
     return 97 + zlib.crc32(np.asarray(held, dtype=np.int32).tobytes()) % 26
 
 
+def ramble(held: Sequence[int]) -> int:
+    """A letter that mostly depends on the last few alone, so that the text goes round in circles, and now and then on everything."""
+    seen = held if zlib.crc32(np.asarray(held, dtype=np.int32).tobytes()) % 7 == 0 else held[-4:]
+    return 97 + zlib.crc32(np.asarray(seen, dtype=np.int32).tobytes()) % 3
+
+
 def say(text: str) -> Reply:
     """Answer every chat with `text` and EOS."""
     script = [*text.encode(), EOS]
@@ -118,11 +124,11 @@ class FakeBatchBackend:
                 held.append(token_id)
                 last = token == len(piece.token_ids) - 1
                 if piece.wants_all or (piece.wants_logits and last):
-                    self._asked_for[index, -1 if last else token] = scores_of(self.reply(held))
+                    self._asked_for[index, token] = scores_of(self.reply(held))
 
     def logits(self, index: int, token: int = -1) -> np.ndarray:
         num_tokens = self.passes[-1][index][2]
-        return self._asked_for[index, -1 if token == num_tokens - 1 else token]
+        return self._asked_for[index, token % num_tokens]
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         del self.held[sequence][num_tokens:]

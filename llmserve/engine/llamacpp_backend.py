@@ -200,10 +200,20 @@ def _context_params(backend: LlamaCppBackend, settings: LlamaCppSettings) -> Any
     params.n_seq_max = backend.num_sequences
     params.n_batch = params.n_ubatch = backend.batch_size
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
+    params.flash_attn_type = FLASH_ATTENTION[_flash_attention(settings)]
     params.kv_unified = False
     params.no_perf = True
     return params
+
+
+def _flash_attention(settings: LlamaCppSettings) -> str:
+    """On a CPU "auto" is off: there the fused kernel takes up to three times as long for passes of less than 64 tokens of a sequence.
+
+    Quantized values need it.
+    """
+    if settings.flash_attention != "auto" or settings.gpu_layers:
+        return settings.flash_attention
+    return "on" if settings.kv_type.startswith("q") else "off"
 
 
 @functools.cache

@@ -45,6 +45,11 @@ class Sequence:
         self._score: TokenScore | None = None  # of the token just sampled
         self._ledger = Ledger()
 
+    @property
+    def num_left(self) -> int:
+        """Most tokens it may still get."""
+        return self._params.max_tokens - self.num_output_tokens
+
     def sample(self, logits: Logits) -> int:
         """The next token id from the model's own scores, which are left as they are."""
         scores = logits if self._constraint is None else self._constraint.apply(logits)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmserve.config import ModelSpec
 from llmserve.engine import gguf
-from llmserve.engine.batch_engine import BatchEngine
+from llmserve.engine.batch_engine import CHUNKS_ALONE, BatchEngine
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
@@ -26,8 +26,8 @@ from llmserve.models.probe import Trial
 log = logging.getLogger(__name__)
 
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-_BATCH_SIZE = 512
-"""Most tokens of a pass."""
+_SHORTEST_BATCH = 64
+"""Tokens of a pass that any configuration has room for, so that a lone sequence can be given a long draft."""
 
 
 def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget) -> PreparedBatch:
@@ -73,8 +73,9 @@ class PreparedBatch:
         """Load the model, and build its tokenizer and chat template. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
+        batch_size = max(_SHORTEST_BATCH, CHUNKS_ALONE * spec.prefill_chunk + spec.slots)
         try:
-            backend = LlamaCppBackend(self.path, self.context_length, spec.slots, _BATCH_SIZE, settings)
+            backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
         except RuntimeError as error:
             raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
         try:
@@ -85,7 +86,12 @@ class PreparedBatch:
                 tokenizer=tokenizer,
                 chat_template=make_chat_template(spec, self.header, tokenizer),
                 budget=self.budget,
-                settings=EngineSettings(spec.max_waiting, spec.prefill_chunk, spec.prefix_cache and backend.can_truncate),
+                settings=EngineSettings(
+                    spec.max_waiting,
+                    spec.prefill_chunk,
+                    spec.prefix_cache and backend.can_truncate,
+                    spec.prompt_lookup and backend.can_truncate,
+                ),
                 statistics=statistics,
             )
         except BaseException:
