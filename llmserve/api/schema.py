@@ -184,7 +184,7 @@ class ChatRequest(Struct):
     reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     verbosity: str | None = optional(OneOf(("low", "medium", "high")))
 
-    logprobs: None = optional(Unsupported(Boolean(), (False,)))
+    logprobs: bool = optional(Unsupported(Boolean(), (False,)), False)
     top_logprobs: None = optional(Unsupported(Integer(0, 20), (0,)))
     logit_bias: None = optional(Unsupported(Object(), ({},)))
     response_format: None = optional(Unsupported(_RESPONSE_FORMAT, ({"type": "text"},)))

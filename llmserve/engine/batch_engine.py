@@ -150,7 +150,7 @@ class BatchEngine(Engine):
         num_kept = shared.pop(lane.number)
         self._truncate(lane, num_kept)
         lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
-        lane.sequence = Sequence(choice.index, prompt_ids, choice.job.params, self.tokenizer)
+        lane.sequence = self._sequence(choice.job, choice.index)
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
             lane.leader, lane.num_shared = self._lanes[best], shared[best]

@@ -16,8 +16,8 @@ from llmserve.errors import APIError
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an EOS token or a stop string
-    LENGTH = "length"  # max_tokens
+    STOP = "stop"  # an EOS token, a stop string, or the end of a grammar
+    LENGTH = "length"  # max_tokens, or a grammar that cannot go on
 
 
 class SamplingParams(NamedTuple):
@@ -37,6 +37,13 @@ class SamplingParams(NamedTuple):
     seed: int | None = None
 
 
+class Grammar(NamedTuple):
+    """What an answer is kept within: "json_schema" (`text` is the schema's JSON), "regex" (the whole answer matches it) or "lark"."""
+
+    kind: str
+    text: str
+
+
 class GenerationParams(NamedTuple):
     """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt."""
 
@@ -44,13 +51,36 @@ class GenerationParams(NamedTuple):
     n: int = 1
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
+
+
+class TokenScore(NamedTuple):
+    """A token's logarithmic probability in the model's own distribution, and those of the likeliest in its place, likeliest first.
+
+    `piece` has the token's bytes, but for what a stop string cut off. `logprob` None: the first token of a prompt.
+    """
+
+    piece: bytes
+    logprob: float | None
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+class PromptScores(NamedTuple):
+    """The scores of every token of the prompt, before the first delta of `choice`."""
+
+    choice: int
+    tokens: tuple[TokenScore, ...]
 
 
 class Delta(NamedTuple):
-    """New text of one choice: never empty, never half a character, never part of a stop string."""
+    """New text of one choice: never half a character, never part of a stop string; never empty without `tokens`.
+
+    `tokens` are those that the text ends with it, when they were asked for.
+    """
 
     choice: int
     text: str
+    tokens: tuple[TokenScore, ...] = ()
 
 
 class ChoiceEnd(NamedTuple):
@@ -77,7 +107,7 @@ class Failed(NamedTuple):
     error: APIError
 
 
-Event = Delta | ChoiceEnd | GenerationEnd | Failed
+Event = PromptScores | Delta | ChoiceEnd | GenerationEnd | Failed
 
 
 class Generation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Ids
 
 from llmserve.engine.backend import Logits
+from llmserve.engine.constraint import Constraint
 from llmserve.engine.detokenizer import Detokenizer
 from llmserve.engine.generation import FinishReason, GenerationParams
 from llmserve.engine.sampling import Sampler
@@ -15,7 +16,15 @@ from llmserve.engine.tokenizer import Tokenizer
 class Sequence:
     """The state of choice `index`. Not thread-safe: the thread that runs it owns it."""
 
-    def __init__(self, index: int, prompt_ids: Ids[int], params: GenerationParams, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: Ids[int],
+        params: GenerationParams,
+        tokenizer: Tokenizer,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """`constraint` is the sequence's own from now on."""
         self.index = index
         self.num_output_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -24,8 +33,11 @@ class Sequence:
         self._sampler = Sampler(params.sampling, prompt_ids, index)
         self._detokenizer = Detokenizer()
         self._stop_matcher = StopMatcher(params.stop)
+        self._constraint = constraint
 
     def sample(self, logits: Logits) -> int:
+        if self._constraint is not None:
+            logits = self._constraint.apply(logits)
         return self._sampler.sample(logits)
 
     def append(self, token_id: int) -> str:
@@ -40,10 +52,20 @@ class Sequence:
         text = self._stop_matcher.push(self._detokenizer.push(self._tokenizer.piece(token_id)))
         if self._stop_matcher.matched is not None:
             self.finish_reason = FinishReason.STOP
-        elif self.num_output_tokens >= self._max_tokens:
+        elif self._constraint is not None:
+            text += self._advance(self._constraint, token_id)
+        if self.finish_reason is None and self.num_output_tokens >= self._max_tokens:
             self.finish_reason = FinishReason.LENGTH
             text += self._flush()
         return text
+
+    def _advance(self, constraint: Constraint, token_id: int) -> str:
+        """Take the id in the grammar too; the rest of the text if that ends there."""
+        constraint.advance(token_id)
+        if not constraint.complete and not constraint.stuck:
+            return ""
+        self.finish_reason = FinishReason.STOP if constraint.complete else FinishReason.LENGTH
+        return self._flush()
 
     def _flush(self) -> str:
         text = self._stop_matcher.push(self._detokenizer.flush())

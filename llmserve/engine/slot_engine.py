@@ -17,7 +17,6 @@ from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, Delta
-from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import Slot
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -86,7 +85,7 @@ class SlotEngine(Engine):
         return None
 
     def _make_choice(self, slot: Slot, job: Job, index: int) -> None:
-        sequence = Sequence(index, job.prompt_ids, job.params, self.tokenizer)
+        sequence = self._sequence(job, index)
         begun = self._clock()
         logits = self._prefill(slot, job, index)
         job.prefill_time += self._clock() - begun
