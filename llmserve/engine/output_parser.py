@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
-from llmserve.engine.tool_formats import ToolFormat
+from llmserve.engine.tool_formats import FORMATS, LLAMA_3
 
 JSON = Any
 
@@ -40,35 +40,31 @@ class CallArguments(NamedTuple):
     text: str
 
 
+_OPENERS = {form.opener: form for form in FORMATS}
+_OPENER = re.compile("|".join(map(re.escape, _OPENERS)))
+
 Part = Content | Reasoning | CallBegin | CallArguments
 
 
 class OutputParser:
     """Parses one choice. Not thread-safe.
 
-    `reasoning`: whether the text may begin with a `<think>` block. Without a format, or functions, there are no calls; beyond
-    `max_calls`, they are left out. White space between blocks and calls belongs to none of them, and is dropped.
+    A call is recognised in any of the formats, for models write others' too. Without `functions` there are none; beyond
+    `max_calls`, they are left out. `reasoning`: whether the text may begin with a `<think>` block. White space between blocks
+    and calls belongs to none of them, and is dropped.
     """
 
-    def __init__(
-        self,
-        form: ToolFormat | None = None,
-        functions: Collection[str] = (),
-        *,
-        reasoning: bool = False,
-        max_calls: int | None = None,
-    ) -> None:
+    def __init__(self, functions: Collection[str] = (), *, reasoning: bool = False, max_calls: int | None = None) -> None:
         self.num_calls = 0
-        self._form = form if functions else None
-        self._heads = _OBJECT_HEADS + _NAME_HEADS if form is not None and form.array else _OBJECT_HEADS
         self._functions = frozenset(functions)
         self._max_calls = max_calls
         self._buffer = ""
         self._parts: list[Part] = []
         self._drops_space = False  # behind a block or call, until there is text again
         self._final = self._cut = False
+        self._form = LLAMA_3  # of the call being read, or that may begin
+        self._in_object = False  # whether its arguments are a member of its object
         self._extent = _Extent()
-        self._in_object = False  # whether the arguments being read are a member of the call's object
         self._step: Callable[[], bool] = self._reasoning_or_answer if reasoning else self._answer
 
     def push(self, text: str) -> list[Part]:
@@ -116,31 +112,29 @@ class OutputParser:
         text = self._buffer.lstrip()
         if not text and not self._final:
             return False
-        if self._form is not None and self._form.bare and text.startswith("{"):
+        if text.startswith("{") and self._functions:
+            self._form = LLAMA_3
             return self._go(self._bare_call)
-        if self._drops_space:
-            self._buffer = text
         return self._go(self._content)
 
     def _content(self) -> bool:
-        form = self._form
-        if form is None:
+        if self._drops_space:
+            self._buffer = self._buffer.lstrip()
+        if not self._functions:
             self._emit(Content, self._buffer)
             self._buffer = ""
             return False
-        if self._drops_space:
-            self._buffer = self._buffer.lstrip()
-        start = self._buffer.find(form.opener)
-        if start < 0:
-            self._emit_certain(Content, (form.opener,))
+        opener = _OPENER.search(self._buffer)
+        if opener is None:
+            self._emit_certain(Content, _OPENERS)
             return False
-        before = self._buffer[:start].rstrip()
+        before = self._buffer[: opener.start()].rstrip()
         self._emit(Content, before)
         self._buffer = self._buffer[len(before) :]
+        self._form = _OPENERS[opener[0]]
         return self._go(self._opened)
 
     def _opened(self) -> bool:
-        assert self._form is not None
         return self._head(skip=self._buffer.index(self._form.opener) + len(self._form.opener))
 
     def _bare_call(self) -> bool:
@@ -152,14 +146,15 @@ class OutputParser:
 
     def _head(self, skip: int) -> bool:
         """A call's beginning, behind `skip` characters that are content if it is none."""
-        for head in self._heads:
+        heads = _OBJECT_HEADS + _NAME_HEADS if self._form.array else _OBJECT_HEADS
+        for head in heads:
             if (match := head.full.match(self._buffer, skip)) is not None:
                 if match["name"] not in self._functions:
                     return self._no_call(skip)
                 self._buffer = self._buffer[match.end() :]
                 self._in_object = head.in_object
                 return self._begin_call(match["name"])
-        if any(head.partial.fullmatch(self._buffer, skip) for head in self._heads):
+        if any(head.partial.fullmatch(self._buffer, skip) for head in heads):
             return self._undecided(skip)
         return self._whole_object(skip)
 
@@ -237,7 +232,6 @@ class OutputParser:
 
     def _after_call(self) -> bool:
         form = self._form
-        assert form is not None
         self._drops_space = True
         text = self._buffer = self._buffer.lstrip()
         if not text:

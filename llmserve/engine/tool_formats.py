@@ -6,7 +6,7 @@ Knows no HTTP and no model; texts and JSON values in, texts out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 JSON = Any
@@ -18,24 +18,23 @@ class ToolFormat(NamedTuple):
     """`opener` and `closer` surround a call, or a list of calls. `bare`: an answer may also begin with a call as it is.
 
     `array`: the calls are members of one JSON array. `separator` is what may stand between two calls otherwise. `key` is the
-    arguments' name. `markers` are the texts among these that may be control tokens of the model.
+    arguments' name.
     """
 
-    name: str
     opener: str
     closer: str = ""
     key: str = "arguments"
     bare: bool = False
     array: bool = False
     separator: str = ""
-    markers: tuple[str, ...] = ()
 
 
-HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", markers=("<tool_call>", "</tool_call>"))
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", array=True, markers=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"))
-LLAMA_3 = ToolFormat("llama3", "<|python_tag|>", key="parameters", bare=True, separator=";", markers=("<|python_tag|>",))
-
-FORMATS: Mapping[str, ToolFormat] = {each.name: each for each in (HERMES, MISTRAL, LLAMA_3)}
+HERMES = ToolFormat("<tool_call>", "</tool_call>")
+MISTRAL = ToolFormat("[TOOL_CALLS]", array=True)
+LLAMA_3 = ToolFormat("<|python_tag|>", key="parameters", bare=True, separator=";")
+FORMATS = (HERMES, MISTRAL, LLAMA_3)
+MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
+"""What calls are recognised by. Some models have control tokens for these, which are no text unless asked for."""
 
 
 class Function(NamedTuple):

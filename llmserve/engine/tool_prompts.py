@@ -6,7 +6,6 @@ Messages and tools are dicts as templates expect them, arguments of calls object
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
