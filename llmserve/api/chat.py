@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -10,13 +12,19 @@ from llmserve import response_cache
 from llmserve.api import JSON, body, flow, render, schema
 from llmserve.api.context import Context, Request
 from llmserve.api.flow import Call, Prompt
+from llmserve.api.message import MessageWriter
 from llmserve.api.render import ChatWriter, ChunkStream, Tally
 from llmserve.api.responses import Response, ignored_header
 from llmserve.api.schema import ChatRequest
-from llmserve.engine.generation import Event, GenerationParams
-from llmserve.errors import TemplateError
+from llmserve.api.tools import ToolUse
+from llmserve.engine import grammar, tool_formats, tool_prompts
+from llmserve.engine.generation import Event, GenerationParams, Grammar
+from llmserve.engine.output_parser import THINK, OutputParser
+from llmserve.engine.tool_formats import HERMES
+from llmserve.errors import InvalidGrammar, TemplateError
 
 if TYPE_CHECKING:
+    from llmserve.engine.chat_template import Segment
     from llmserve.engine.engine import Engine
 
 _LARGEST_REMEMBERED_BODY = 8192  # bytes
@@ -27,9 +35,10 @@ def parse(data: bytes) -> Call:
     """Raises InvalidRequest. Depends on nothing but the bytes, so what it returns may be remembered and shared."""
     chat, ignored = schema.parse_chat(body.parse_object(data))
     messages = [message.for_template() for message in chat.messages]
-    key = response_cache.key(chat.sampling(), "chat", messages, chat.token_limit, chat.n, chat.stop_strings)
-    prompt = Prompt(key, partial(_prepare, chat, messages))
-    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat), ignored_header(ignored))
+    use = chat.tool_use()
+    key = response_cache.key(chat.sampling(), "chat", messages, chat.token_limit, chat.n, chat.stop_strings, use)
+    prompt = Prompt(key, partial(_prepare, chat, messages, use))
+    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat, use), ignored_header(ignored))
 
 
 _parse_again = lru_cache(_REMEMBERED_BODIES)(parse)  # so that a cached answer costs little more than its lookup
@@ -38,31 +47,95 @@ _parse_again = lru_cache(_REMEMBERED_BODIES)(parse)  # so that a cached answer c
 def create(ctx: Context, request: Request) -> Response:
     """Answer a chat, whole or as a stream."""
     data = body.read(request, ctx.config.server.max_body_size)
-    return flow.respond(ctx, request, _parse_again(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data))
+    call = _parse_again(data) if len(data) <= _LARGEST_REMEMBERED_BODY else parse(data)
+    if ctx.registry.resolve(call.model).reasoning:
+        assert isinstance(call.format, ChatFormat)
+        call = call._replace(format=replace(call.format, reasoning=True))
+    return flow.respond(ctx, request, call)
 
 
-def _prepare(chat: ChatRequest, messages: list[JSON], engine: Engine) -> tuple[list[int], GenerationParams]:
-    segments = engine.chat_template.render(messages)
+def _prepare(chat: ChatRequest, messages: list[JSON], use: ToolUse, engine: Engine) -> tuple[list[int], GenerationParams]:
+    segments = render_prompt(engine, messages, use)
     prompt_ids = flow.encode_prompt(engine, segments, "messages")
     if not prompt_ids:
         raise TemplateError("The chat template makes an empty prompt of these messages.")
     max_tokens = flow.choose_max_tokens(chat.token_limit, len(prompt_ids), engine.context_length, "messages")
-    return prompt_ids, GenerationParams(max_tokens, chat.n, chat.stop_strings, chat.sampling())
+    return prompt_ids, GenerationParams(
+        max_tokens,
+        chat.n,
+        chat.stop_strings,
+        chat.sampling(),
+        grammar=_tool_grammar(engine, use),
+        opening=_opening(segments),
+    )
 
 
+def render_prompt(engine: Engine, messages: list[JSON], use: ToolUse) -> tuple[Segment, ...]:
+    """The prompt of a chat; one that must be answered with a call ends where that begins."""
+    template = engine.chat_template
+    adapted, variables = tool_prompts.adapt(messages, use.functions, template.tools)
+    segments = template.render(adapted, **variables)
+    if not use.forced:
+        return segments
+    return template.extend(segments, tool_formats.opening(template.tools.form))
+
+
+def _tool_grammar(engine: Engine, use: ToolUse) -> Grammar | None:
+    """What keeps calls right: those that are forced, or strict, or in a format that the model has only been told of."""
+    support = engine.chat_template.tools
+    if use.forced:
+        _check_schemas(use)
+        return Grammar("lark", tool_formats.forced_grammar(support.form, use.functions, parallel=use.parallel))
+    if not use.functions or support.form is not HERMES:
+        return None
+    if support.definitions and not any(function.strict for function in use.functions):
+        return None
+    _check_schemas(use)
+    return Grammar("lark", tool_formats.free_grammar(support.form, use.functions))
+
+
+def _check_schemas(use: ToolUse) -> None:
+    """Raises InvalidGrammar that names the function whose parameters cannot be enforced."""
+    for index, function in enumerate(use.functions):
+        try:
+            grammar.check(Grammar("json_schema", json.dumps(function.schema)))
+        except InvalidGrammar as error:
+            error.param = f"functions[{index}].parameters" if use.legacy else f"tools[{index}].function.parameters"
+            error.param += error.path
+            raise
+
+
+def _opening(segments: Sequence[Segment]) -> str:
+    """The block that the template has begun at the prompt's end, if it has."""
+    text = "".join(segment.text for segment in segments[-2:])
+    return THINK if text.rstrip().endswith(THINK) else ""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a chat is written down."""
+    """How a chat is written down. `reasoning`: whether the model's answers may begin with a block of it."""
 
-    def __init__(self, chat: ChatRequest) -> None:
-        self._chat = chat
+    chat: ChatRequest
+    use: ToolUse
+    reasoning: bool = False
 
     def head(self, model_id: str, *, stream: bool) -> dict[str, JSON]:
         head = render.head("chatcmpl", "chat.completion.chunk" if stream else "chat.completion", model_id)
-        return head if self._chat.service_tier is None else head | {"service_tier": "default"}
+        return head if self.chat.service_tier is None else head | {"service_tier": "default"}
 
     def whole(self, events: Iterable[Event], tally: Tally) -> dict[str, JSON]:
-        choices = render.gather(self._chat.n, events, tally)
-        return {"choices": [render.chat_choice(choice, self._chat.logprobs) for choice in choices], "usage": tally.usage()}
+        choices = render.gather(self.chat.n, events, tally)
+        written = [render.chat_choice(choice, self._new_message(), self.chat.logprobs) for choice in choices]
+        return {"choices": written, "usage": tally.usage()}
 
     def chunks(self, head: dict[str, JSON]) -> ChunkStream:
-        return ChunkStream(head, self._chat.n, self._chat.include_usage, ChatWriter(self._chat.logprobs))
+        writer = ChatWriter(self._new_message, self.chat.logprobs)
+        return ChunkStream(head, self.chat.n, self.chat.include_usage, writer)
+
+    def _new_message(self) -> MessageWriter:
+        use = self.use
+        if not use.functions and not self.reasoning:
+            return MessageWriter(None)
+        max_calls = None if use.parallel else 1
+        parser = OutputParser(use.names, reasoning=self.reasoning, forced=use.forced, max_calls=max_calls)
+        return MessageWriter(parser, legacy=use.legacy)

@@ -25,12 +25,26 @@ from llmserve.api.fields import (
     optional,
     required,
 )
+from llmserve.api.tools import (
+    FUNCTION_CALL,
+    FUNCTIONS,
+    TOOL_CHOICE,
+    TOOLS,
+    FunctionDefinition,
+    FunctionName,
+    Tool,
+    ToolChoice,
+    ToolUse,
+    resolve,
+    resolve_legacy,
+)
 from llmserve.engine.generation import SamplingParams
 from llmserve.errors import InvalidParameter, InvalidRequest
 
 _MAX_DEPTH = 64  # of arrays and objects in each other
 _INT32_MAX = 2**31 - 1
 _MAX_STOP_STRINGS = 16
+_LEGACY_CALL_ID = "call_function"  # calls had no ids then
 
 
 def _refuse_constant(name: str) -> JSON:
@@ -108,13 +122,19 @@ class AssistantMessage(Struct):
     refusal: str | None = optional(String())
     name: str | None = optional(String())
     tool_calls: tuple[ToolCall, ...] = optional(Array(ToolCall), ())
-    function_call: None = optional(Unsupported(Object()))
+    function_call: FunctionCall | None = optional(FunctionCall)
+    reasoning_content: str | None = optional(String())
     audio: None = optional(Unsupported(Object()))
 
     def for_template(self) -> dict[str, JSON]:
         message = _named({"role": "assistant", "content": _text(self.content) or self.refusal or ""}, self.name)
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        elif self.function_call is not None:
+            call = {"id": _LEGACY_CALL_ID, "type": "function", "function": self.function_call.for_template()}
+            message["tool_calls"] = [call]
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
         return message
 
 
@@ -129,7 +149,18 @@ class ToolMessage(Struct):
         return _named(message, self.name)
 
 
-Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+class FunctionMessage(Struct):
+    """A result of the older `function_call`."""
+
+    role: str = required(String())
+    content: Content = required(Nullable(_TEXT))
+    name: str = required(String(min_length=1))
+
+    def for_template(self) -> dict[str, JSON]:
+        return {"role": "tool", "content": _text(self.content), "tool_call_id": _LEGACY_CALL_ID, "name": self.name}
+
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
 
 _MESSAGE = Tagged(
     "role",
@@ -139,6 +170,7 @@ _MESSAGE = Tagged(
         "user": UserMessage,
         "assistant": AssistantMessage,
         "tool": ToolMessage,
+        "function": FunctionMessage,
     },
 )
 
@@ -171,6 +203,12 @@ class ChatRequest(Struct):
     frequency_penalty: float = optional(Number(-2, 2), 0.0)
     repetition_penalty: float = optional(Number(0.01, 2), 1.0)
 
+    tools: tuple[Tool, ...] = optional(TOOLS, ())
+    tool_choice: ToolChoice | None = optional(TOOL_CHOICE)
+    parallel_tool_calls: bool = optional(Boolean(), True)
+    functions: tuple[FunctionDefinition, ...] = optional(FUNCTIONS, ())
+    function_call: str | FunctionName | None = optional(FUNCTION_CALL)
+
     user: str | None = optional(String())
     safety_identifier: str | None = optional(String())
     prompt_cache_key: str | None = optional(String())
@@ -180,7 +218,6 @@ class ChatRequest(Struct):
     store: bool = optional(Boolean(), False)
     service_tier: str | None = optional(OneOf(("auto", "default", "flex", "scale", "priority", "fast")))
     prediction: dict[str, JSON] | None = optional(Object())
-    parallel_tool_calls: bool = optional(Boolean(), True)
     reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     verbosity: str | None = optional(OneOf(("low", "medium", "high")))
 
@@ -188,10 +225,6 @@ class ChatRequest(Struct):
     top_logprobs: None = optional(Unsupported(Integer(0, 20), (0,)))
     logit_bias: None = optional(Unsupported(Object(), ({},)))
     response_format: None = optional(Unsupported(_RESPONSE_FORMAT, ({"type": "text"},)))
-    tools: None = optional(Unsupported(Array(Object()), ([],)))
-    tool_choice: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
-    functions: None = optional(Unsupported(Array(Object()), ([],)))
-    function_call: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
     modalities: None = optional(Unsupported(Array(OneOf(("text", "audio"))), (["text"],)))
     audio: None = optional(Unsupported(Object()))
     web_search_options: None = optional(Unsupported(Object()))
@@ -209,6 +242,12 @@ class ChatRequest(Struct):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidParameter."""
+        if not self.tools and (self.functions or self.function_call is not None):
+            return resolve_legacy(self.functions, self.function_call)
+        return resolve(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
     def sampling(self) -> SamplingParams:
         return SamplingParams(
@@ -232,7 +271,21 @@ def parse_chat(body: dict[str, JSON]) -> tuple[ChatRequest, list[str]]:
     if chat.stream_options is not None and not chat.stream:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise InvalidParameter(message, param="stream_options", code=None)
+    _check_results(chat.messages)
     return chat, ignored
+
+
+def _check_results(messages: tuple[Message, ...]) -> None:
+    """Raises InvalidParameter for a tool's result that no call asked for."""
+    asked = False
+    for index, message in enumerate(messages):
+        if isinstance(message, ToolMessage) and not asked:
+            raise InvalidParameter(
+                "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'.",
+                param=f"messages.[{index}].role",
+                code=None,
+            )
+        asked = isinstance(message, ToolMessage) or (isinstance(message, AssistantMessage) and bool(message.tool_calls))
 
 
 def parse_json(text: str) -> JSON:

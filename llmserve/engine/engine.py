@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, Passes
 from llmserve.engine.constraint import Constraint, Constraints
-from llmserve.engine.generation import Failed, Generation, GenerationEnd, GenerationParams
+from llmserve.engine.generation import Delta, Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -151,11 +151,17 @@ class Engine(ABC):
             self._drop_cancelled()
             if len(self._running) + len(self._waiting) >= self._num_slots + self._settings.max_waiting:
                 raise self._queue_full()
+            self._publish_opening(job)
             self._waiting.append(job)
             self._dispatch()
         self._statistics.add(requests=1)
         self._statistics.touch()
         return job.generation
+
+    def _publish_opening(self, job: Job) -> None:
+        if job.params.opening:
+            for index in range(job.params.n):
+                job.generation.publish(Delta(index, job.params.opening))
 
     @property
     def load(self) -> EngineLoad:

@@ -45,13 +45,17 @@ class Grammar(NamedTuple):
 
 
 class GenerationParams(NamedTuple):
-    """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt."""
+    """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt.
+
+    `opening`: what the prompt ends with and every choice's text begins with: the opener of a block that the template wrote.
+    """
 
     max_tokens: int
     n: int = 1
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
     grammar: Grammar | None = None
+    opening: str = ""
 
 
 class TokenScore(NamedTuple):

@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
-from llmserve.engine.tool_formats import FORMATS, LLAMA_3
+from llmserve.engine.tool_formats import CALL_MARKERS, FORMATS, HERMES, LLAMA_3, MISTRAL
 
 JSON = Any
 
 THINK, END_THINK = "<think>", "</think>"
+MARKERS = frozenset((THINK, END_THINK, *CALL_MARKERS))
+"""What blocks and calls are recognised by. Models may have control tokens for these."""
 
 
 class Content(NamedTuple):
@@ -40,6 +42,7 @@ class CallArguments(NamedTuple):
     text: str
 
 
+_FORCED = HERMES._replace(bare=True, separator=";")
 _OPENERS = {form.opener: form for form in FORMATS}
 _OPENER = re.compile("|".join(map(re.escape, _OPENERS)))
 
@@ -51,10 +54,17 @@ class OutputParser:
 
     A call is recognised in any of the formats, for models write others' too. Without `functions` there are none; beyond
     `max_calls`, they are left out. `reasoning`: whether the text may begin with a `<think>` block. White space between blocks
-    and calls belongs to none of them, and is dropped.
+    and calls belongs to none of them, and is dropped. `forced`: the prompt has the opener of the first call already.
     """
 
-    def __init__(self, functions: Collection[str] = (), *, reasoning: bool = False, max_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        functions: Collection[str] = (),
+        *,
+        reasoning: bool = False,
+        forced: bool = False,
+        max_calls: int | None = None,
+    ) -> None:
         self.num_calls = 0
         self._functions = frozenset(functions)
         self._max_calls = max_calls
@@ -66,6 +76,8 @@ class OutputParser:
         self._in_object = False  # whether its arguments are a member of its object
         self._extent = _Extent()
         self._step: Callable[[], bool] = self._reasoning_or_answer if reasoning else self._answer
+        if forced:
+            self._step = self._forced_answer
 
     def push(self, text: str) -> list[Part]:
         """The parts that are certain with `text`."""
@@ -116,6 +128,13 @@ class OutputParser:
             self._form = LLAMA_3
             return self._go(self._bare_call)
         return self._go(self._content)
+
+    def _forced_answer(self) -> bool:
+        text = self._buffer.lstrip()
+        if not text and not self._final:
+            return False
+        self._form = MISTRAL if text.startswith("[") else _FORCED
+        return self._go(self._bare_call)
 
     def _content(self) -> bool:
         if self._drops_space:
@@ -236,8 +255,8 @@ class OutputParser:
         text = self._buffer = self._buffer.lstrip()
         if not text:
             return False
-        if form.closer:
-            if form.closer.startswith(text) and text != form.closer:
+        if form.closer and form.closer.startswith(text[: len(form.closer)]):
+            if len(text) < len(form.closer):
                 return False
             self._buffer = text.removeprefix(form.closer)
             return self._go(self._content)

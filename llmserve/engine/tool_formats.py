@@ -33,8 +33,7 @@ HERMES = ToolFormat("<tool_call>", "</tool_call>")
 MISTRAL = ToolFormat("[TOOL_CALLS]", array=True)
 LLAMA_3 = ToolFormat("<|python_tag|>", key="parameters", bare=True, separator=";")
 FORMATS = (HERMES, MISTRAL, LLAMA_3)
-MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
-"""What calls are recognised by. Some models have control tokens for these, which are no text unless asked for."""
+CALL_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
 
 
 class Function(NamedTuple):

@@ -114,9 +114,8 @@ def test_character_by_character_it_means_the_same(text, content, calls):
     ],
 )
 def test_reasoning(text, content, reasoning):
-    for form in None:
-        for pieces in ([text], text):
-            assert parse(pieces, reasoning=True) == (content, reasoning, [])
+    for pieces in ([text], text):
+        assert parse(pieces, reasoning=True) == (content, reasoning, [])
 
 
 def test_reasoning_and_then_a_call():
@@ -132,6 +131,19 @@ def test_a_call_within_reasoning_is_none():
 def test_calls_beyond_the_most_are_left_out():
     text = f"<tool_call>{CALL}</tool_call><tool_call>{SUM}</tool_call>"
     assert parse(text, max_calls=1) == ("", "", [("get_weather", PARIS)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{CALL}\n</tool_call>\n<tool_call>\n{SUM}\n</tool_call>",
+        f"[{CALL}, {SUM}]",
+        f"{CALL}; {SUM}".replace("arguments", "parameters"),
+    ],
+)
+def test_a_forced_answer_lacks_the_first_opener_which_the_prompt_has(text):
+    expected = ("", "", [("get_weather", PARIS), ("add", '{"a": 1, "b": [2, {}]}')])
+    assert parse([text], forced=True) == parse(text, forced=True) == expected
 
 
 def test_without_functions_there_are_no_calls():
