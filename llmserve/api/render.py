@@ -121,9 +121,10 @@ class ChunkStream:
                 continue
             self._num_open -= isinstance(event, ChoiceEnd)
             chunks += [self._chunk(choice) for choice in self._writer.more(event)]
-        self.ended = not self._num_prompts
-        if self.ended and self._nullable_usage:
-            chunks.append(self._head | {"choices": [], "usage": self.tally.usage()})
+        if not self._num_prompts and not self.ended:
+            self.ended = True
+            if self._nullable_usage:
+                chunks.append(self._head | {"choices": [], "usage": self.tally.usage()})
         if not self._num_open and not self.ended:
             chunks, self._held = [], chunks
         return chunks

@@ -19,7 +19,8 @@ from llmserve.engine.backend import BatchBackend, Logits, Piece
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
-from llmserve.engine.generation import ChoiceEnd, Delta
+from llmserve.engine.generation import ChoiceEnd, PromptScores
+from llmserve.engine.logprobs import PromptScorer
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import common_prefix_length, gain
 from llmserve.engine.statistics import StatisticsCounter
@@ -54,6 +55,7 @@ class _Lane:
     reading: bool = False  # its prompt
     leader: _Lane | None = None  # holds, or will hold, the beginning of this one's prompt
     num_shared: int = 0  # tokens to take from the leader
+    scorer: PromptScorer | None = None  # of a prompt whose tokens' probabilities are asked for
     last_used: float = 0.0
 
     def promised(self) -> list[int]:
@@ -142,7 +144,8 @@ class BatchEngine(Engine):
     def _occupy(self, free: Ids[_Lane], choice: _Choice) -> _Lane:
         """Put a choice into one of the free lanes, with as much of its prompt as that one holds or another one promises."""
         prompt_ids = choice.job.prompt_ids
-        shared = {lane.number: self._num_shared(lane, prompt_ids) for lane in self._lanes}
+        scored = choice.job.params.prompt_logprobs and choice.index == 0  # by a pass over all of it
+        shared = {lane.number: 0 if scored else self._num_shared(lane, prompt_ids) for lane in self._lanes}
         lane = max(free, key=lambda lane: (gain(shared[lane.number], len(lane.token_ids)), -lane.last_used))
         for other in self._lanes:
             if other.leader is lane:
@@ -151,6 +154,7 @@ class BatchEngine(Engine):
         self._truncate(lane, num_kept)
         lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
         lane.sequence = self._sequence(choice.job, choice.index)
+        lane.scorer = self._prompt_scorer(choice.job) if scored else None
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
             lane.leader, lane.num_shared = self._lanes[best], shared[best]
@@ -188,7 +192,7 @@ class BatchEngine(Engine):
         """The lane is free; what it holds stays, for whoever begins alike."""
         assert lane.choice is not None and lane.sequence is not None
         lane.choice.job.num_output_tokens += lane.sequence.num_output_tokens
-        lane.choice = lane.sequence = lane.leader = None
+        lane.choice = lane.sequence = lane.leader = lane.scorer = None
         lane.reading = False
         lane.pending = []
         lane.last_used = self._clock()
@@ -233,13 +237,29 @@ class BatchEngine(Engine):
         with self._passes.lease(sum(num_tokens for _, num_tokens in batch)) as threads:
             self._backend.forward(pieces, threads)
         for index, (lane, num_tokens) in enumerate(batch):
+            if lane.scorer is not None:
+                self._score(lane, lane.scorer, index, num_tokens)
             lane.token_ids += lane.pending[:num_tokens]
             del lane.pending[:num_tokens]
             if not lane.pending:
                 self._sample(lane, self._backend.logits(index))
 
     def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
-        return Piece(lane.number, len(lane.token_ids), lane.pending[:num_tokens], num_tokens == len(lane.pending))
+        return Piece(
+            lane.number,
+            len(lane.token_ids),
+            lane.pending[:num_tokens],
+            num_tokens == len(lane.pending),
+            lane.scorer is not None,
+        )
+
+    def _score(self, lane: _Lane, scorer: PromptScorer, index: int, num_tokens: int) -> None:
+        """Take the scores of a piece of the prompt, which is piece `index` of the pass."""
+        for token in range(num_tokens):
+            scorer.push(self._backend.logits(index, token))
+        if num_tokens == len(lane.pending) and lane.choice is not None:
+            lane.choice.job.generation.publish(PromptScores(0, tuple(scorer.tokens)))
+            lane.scorer = None
 
     def _sample(self, lane: _Lane, logits: Logits) -> None:
         """Choose the next token of a lane and say what it means."""
@@ -249,9 +269,10 @@ class BatchEngine(Engine):
         if lane.reading:
             lane.reading = False
             job.prefill_time = job.prefill_time or self._clock() - job.started
-        token_id = sequence.sample(logits)
-        if text := sequence.append(token_id):
-            job.generation.publish(Delta(choice.index, text))
+        if sequence.finish_reason is None:
+            token_id = sequence.sample(logits)
+            if delta := sequence.append(token_id):
+                job.generation.publish(delta)
         if sequence.finish_reason is None:
             lane.pending = [token_id]
             return

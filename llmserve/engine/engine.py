@@ -19,6 +19,7 @@ from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, Passes
 from llmserve.engine.constraint import Constraint, Constraints
 from llmserve.engine.generation import Delta, Failed, Generation, GenerationEnd, GenerationParams
+from llmserve.engine.logprobs import PromptScorer, TokenScorer
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -219,6 +220,9 @@ class Engine(ABC):
         """Choice `index` of a job, at its beginning."""
         constraint = None if job.constraint is None else job.constraint.copy()
         return Sequence(index, job.prompt_ids, job.params, self.tokenizer, constraint)
+
+    def _prompt_scorer(self, job: Job) -> PromptScorer:
+        return PromptScorer(job.prompt_ids, TokenScorer(job.params.logprobs or 0, self.tokenizer))
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """The job is over: say so, count it, and give its place to the next."""

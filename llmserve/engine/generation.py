@@ -24,7 +24,7 @@ class SamplingParams(NamedTuple):
     """How the next token is chosen. The defaults sample from the model's own distribution.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and the other penalties 0 are off.
-    `seed` None draws a fresh one.
+    `seed` None draws a fresh one. `logit_bias` adds to the scores of token ids.
     """
 
     temperature: float = 1.0
@@ -35,6 +35,7 @@ class SamplingParams(NamedTuple):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class Grammar(NamedTuple):
@@ -47,6 +48,8 @@ class Grammar(NamedTuple):
 class GenerationParams(NamedTuple):
     """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt.
 
+    No choice ends within its first `min_tokens`, or with `ignore_eos` by an EOS token; `stop_token_ids` end one like EOS does.
+    `logprobs` asks for the scores of the choices' tokens with so many alternatives, and with `prompt_logprobs` for the prompt's too.
     `opening`: what the prompt ends with and every choice's text begins with: the opener of a block that the template wrote.
     """
 
@@ -55,6 +58,11 @@ class GenerationParams(NamedTuple):
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
     grammar: Grammar | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
     opening: str = ""
 
 
@@ -118,7 +126,7 @@ class Generation:
     """The event log of one request in an engine. Thread-safe: one engine publishes, any number of readers follow.
 
     A reader keeps its own cursor (the number of events it has seen), so several clients can share one generation. The
-    log ends with `GenerationEnd` or `Failed`. It is bounded by `n * (max_tokens + 2)` events.
+    log ends with `GenerationEnd` or `Failed`. It is bounded by `n * (max_tokens + 2)` events and one of the prompt's scores.
     """
 
     def __init__(self) -> None:

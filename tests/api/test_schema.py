@@ -4,7 +4,7 @@ import pytest
 
 from llmserve.api.schema import ChatRequest, parse_chat, parse_json
 from llmserve.engine.generation import SamplingParams
-from llmserve.errors import InvalidRequest
+from llmserve.errors import InvalidParameter, InvalidRequest
 
 
 def parse(**parameters) -> ChatRequest:
