@@ -125,17 +125,17 @@ class ChatFormat:
 
     def whole(self, events: Iterable[Event], tally: Tally) -> dict[str, JSON]:
         choices = render.gather(self.chat.n, events, tally)
-        written = [render.chat_choice(choice, self._new_message(), self.chat.logprobs) for choice in choices]
+        written = [render.chat_choice(choice, self.chat.logprobs, self._new_message()) for choice in choices]
         return {"choices": written, "usage": tally.usage()}
 
     def chunks(self, head: dict[str, JSON]) -> ChunkStream:
-        writer = ChatWriter(self._new_message, self.chat.logprobs)
+        writer = ChatWriter(self.chat.logprobs, self._new_message)
         return ChunkStream(head, self.chat.n, self.chat.include_usage, writer)
 
     def _new_message(self) -> MessageWriter:
         use = self.use
         if not use.functions and not self.reasoning:
-            return MessageWriter(None)
+            return MessageWriter()
         max_calls = None if use.parallel else 1
         parser = OutputParser(use.names, reasoning=self.reasoning, forced=use.forced, max_calls=max_calls)
         return MessageWriter(parser, legacy=use.legacy)

@@ -27,7 +27,7 @@ class MessageWriter:
     `legacy`: a call is written as `function_call`.
     """
 
-    def __init__(self, parser: OutputParser | None, *, legacy: bool = False) -> None:
+    def __init__(self, parser: OutputParser | None = None, *, legacy: bool = False) -> None:
         self._parser = parser
         self._legacy = legacy
         self._tokens: tuple[TokenScore, ...] = ()  # of text that the parser holds

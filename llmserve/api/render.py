@@ -139,7 +139,7 @@ class ChunkStream:
 class ChatWriter:
     """Chunks of a chat. `logprobs`: whether they were asked for."""
 
-    def __init__(self, new_message: Callable[[], MessageWriter], logprobs: bool = False) -> None:
+    def __init__(self, logprobs: bool = False, new_message: Callable[[], MessageWriter] = MessageWriter) -> None:
         """`new_message` makes what writes the message of one choice."""
         self._new_message = new_message
         self._messages: dict[int, MessageWriter] = {}
@@ -169,8 +169,9 @@ class ChatWriter:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_choice(choice: Choice, message: MessageWriter, logprobs: bool = False) -> JSON:
-    """A choice of a whole chat: what the deltas of its stream come to."""
+def chat_choice(choice: Choice, logprobs: bool = False, message: MessageWriter | None = None) -> JSON:
+    """A choice of a whole chat: what the deltas of its stream come to. `message` writes them."""
+    message = message or MessageWriter()
     deltas = message.push(Delta(choice.index, choice.text, tuple(choice.tokens)))
     rest, finish_reason = message.end(choice.finish_reason)
     members, tokens = assemble([*deltas, *rest])

@@ -97,7 +97,9 @@ class Job:
 
 
 class Engine(ABC):
-    """One loaded model with its tokenizer, chat template and slots. Thread-safe."""
+    """One loaded model with its tokenizer, chat template and slots. Thread-safe. `generates`: whether it makes text."""
+
+    generates = True
 
     def __init__(
         self,
@@ -146,6 +148,9 @@ class Engine(ABC):
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens do not fit {self.context_length}")
         constraint = None if params.grammar is None else self._constraints.get(params.grammar)
         job = Job(list(prompt_ids), params, Generation(), submitted=self._clock(), constraint=constraint)
+        return self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> Generation:
         with self._condition:
             if self._closed_with is not None:
                 raise copy(self._closed_with)

@@ -103,6 +103,13 @@ class ChoiceEnd(NamedTuple):
     num_output_tokens: int
 
 
+class Embedding(NamedTuple):
+    """The vector of the text at index `choice`, of length 1: little-endian float32."""
+
+    choice: int
+    vector: bytes
+
+
 class GenerationEnd(NamedTuple):
     """The last event of a generation that went well. Times are in seconds."""
 
@@ -119,7 +126,7 @@ class Failed(NamedTuple):
     error: APIError
 
 
-Event = PromptScores | Delta | ChoiceEnd | GenerationEnd | Failed
+Event = PromptScores | Delta | ChoiceEnd | Embedding | GenerationEnd | Failed
 
 
 class Generation:
