@@ -72,6 +72,7 @@ def _prepare(chat: ChatRequest, messages: list[JSON], use: ToolUse, engine: Engi
 
 def render_prompt(engine: Engine, messages: list[JSON], use: ToolUse) -> tuple[Segment, ...]:
     """The prompt of a chat; one that must be answered with a call ends where that begins."""
+    flow.check_generates(engine)
     template = engine.chat_template
     adapted, variables = tool_prompts.adapt(messages, use.functions, template.tools)
     segments = template.render(adapted, **variables)

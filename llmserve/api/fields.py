@@ -205,6 +205,31 @@ class Either(NamedTuple):
         return (self.first if self.first.accepts(value) else self.second).parse(value, path, ignored)
 
 
+class TextsOrTokens(NamedTuple):
+    """One text or several, or the token ids of one or of several. Never none."""
+
+    text: Parser
+    token_ids: Parser
+    max_length: int
+
+    @property
+    def noun(self) -> str:
+        return "one of a string, an array of strings, an array of integers or an array of arrays of integers"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, str | list)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> Any:
+        _check_type(self, value, path)
+        if isinstance(value, str):
+            return self.text.parse(value, path, ignored)
+        if value and self.token_ids.accepts(value[0]):
+            return Array(self.token_ids, 1, self.max_length).parse(value, path, ignored)
+        if value and isinstance(value[0], int):
+            return self.token_ids.parse(value, path, ignored)
+        return Array(self.text, 1, self.max_length).parse(value, path, ignored)
+
+
 class Unsupported(NamedTuple):
     """A known parameter that cannot be honoured: only the values that ask for nothing are taken."""
 

@@ -146,16 +146,20 @@ class ChatWriter:
         self._logprobs = logprobs
 
     def first(self, index: int) -> list[JSON]:
-        self._messages[index] = self._new_message()
         return [self._choice(index, {"role": "assistant", "content": "", "refusal": None})]
 
     def more(self, event: Event) -> list[JSON]:
         if isinstance(event, Delta):
-            return self._deltas(event.choice, self._messages[event.choice].push(event))
+            return self._deltas(event.choice, self._message(event.choice).push(event))
         if isinstance(event, ChoiceEnd):
-            deltas, finish_reason = self._messages[event.choice].end(event.finish_reason)
+            deltas, finish_reason = self._message(event.choice).end(event.finish_reason)
             return [*self._deltas(event.choice, deltas), self._choice(event.choice, {}, finish_reason=finish_reason)]
         return []
+
+    def _message(self, index: int) -> MessageWriter:
+        if index not in self._messages:
+            self._messages[index] = self._new_message()
+        return self._messages[index]
 
     def _deltas(self, index: int, deltas: Iterable[MessageDelta]) -> list[JSON]:
         return [

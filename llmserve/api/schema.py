@@ -162,7 +162,7 @@ class FunctionMessage(Struct):
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
 
-_MESSAGE = Tagged(
+MESSAGE = Tagged(
     "role",
     {
         "system": SystemMessage,
@@ -187,7 +187,7 @@ class ChatRequest(Struct):
     """The body of POST /v1/chat/completions: what is honoured, what is only checked, what is refused."""
 
     model: str = required(String())
-    messages: tuple[Message, ...] = required(Array(_MESSAGE, min_length=1))
+    messages: tuple[Message, ...] = required(Array(MESSAGE, min_length=1))
     max_completion_tokens: int | None = optional(Integer(1, _INT32_MAX))
     max_tokens: int | None = optional(Integer(1, _INT32_MAX))
     n: int = optional(Integer(1, 128), 1)

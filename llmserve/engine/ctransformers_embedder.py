@@ -24,12 +24,11 @@ class CTransformersEmbedder:
             for begin in range(0, len(token_ids), _CHUNK):
                 self._backend.forward(token_ids[begin : begin + _CHUNK], begin, threads)
             return self._backend.embedding()
-        vectors = []
+        vectors: list[Vector] = []
         for position, token_id in enumerate(token_ids[:1] if self._pooling == "cls" else token_ids):
             self._backend.forward([token_id], position, threads)
             vectors.append(self._backend.embedding())
-        mean: Vector = np.mean(vectors, axis=0, dtype=np.float64).astype(np.float32)
-        return mean
+        return np.asarray(np.mean(vectors, axis=0, dtype=np.float64), dtype=np.float32)
 
     def close(self) -> None:
         self._backend.close()

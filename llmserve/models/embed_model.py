@@ -26,8 +26,7 @@ _POOLINGS = {0: "", 1: "mean", 2: "cls", 3: "last"}
 """By the values of a file's pooling_type, enum llama_pooling_type of llama.h."""
 
 _ENCODERS = frozenset(
-    ("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "neo-bert", "modern-bert", "eurobert")
-    + ("gemma-embedding",)
+    "bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 neo-bert modern-bert eurobert gemma-embedding".split()
 )
 """Architectures that make vectors and nothing else."""
 
