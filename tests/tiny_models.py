@@ -188,12 +188,8 @@ def write_bert(path: Path, *, pooling: int = 1, seed: int = 0, keys: Keys = NONE
     """A BERT, which makes vectors only, with a WordPiece vocabulary. `pooling` is of enum llama_pooling_type."""
     width, rng = 64, np.random.default_rng(seed)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = [
-        *special,
-        *(f"▁{word}" for word in WORDS),
-        *map(chr, range(97, 123)),
-        *(f"▁{chr(code)}" for code in range(97, 123)),
-    ]
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = list(dict.fromkeys([*special, *(f"▁{word}" for word in [*WORDS, *letters]), *letters]))
     weights: Weights = {
         "token_embd.weight": _matrix(rng, len(tokens), width),
         "token_types.weight": _matrix(rng, 2, width),

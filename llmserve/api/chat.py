@@ -13,15 +13,15 @@ from llmserve.api import JSON, body, flow, render, schema
 from llmserve.api.context import Context, Request
 from llmserve.api.flow import Call, Prompt
 from llmserve.api.message import MessageWriter
+from llmserve.api.parameters import Guide, check_guide
 from llmserve.api.render import ChatWriter, ChunkStream, Tally
-from llmserve.api.responses import Response, ignored_header
+from llmserve.api.responses import Response
 from llmserve.api.schema import ChatRequest
 from llmserve.api.tools import ToolUse
-from llmserve.engine import grammar, tool_formats, tool_prompts
+from llmserve.engine import tool_formats, tool_prompts
 from llmserve.engine.generation import Event, GenerationParams, Grammar
 from llmserve.engine.output_parser import THINK, OutputParser
-from llmserve.engine.tool_formats import HERMES
-from llmserve.errors import InvalidGrammar, TemplateError
+from llmserve.errors import TemplateError
 
 if TYPE_CHECKING:
     from llmserve.engine.chat_template import Segment
@@ -36,9 +36,9 @@ def parse(data: bytes) -> Call:
     chat, ignored = schema.parse_chat(body.parse_object(data))
     messages = [message.for_template() for message in chat.messages]
     use = chat.tool_use()
-    key = response_cache.key(chat.sampling(), "chat", messages, chat.token_limit, chat.n, chat.stop_strings, use)
+    key = response_cache.key(chat.sampling, "chat", messages, chat.shape, use)
     prompt = Prompt(key, partial(_prepare, chat, messages, use))
-    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat, use), ignored_header(ignored))
+    return Call(chat.model, (prompt,), chat.n, chat.stream, ChatFormat(chat, use), tuple(ignored))
 
 
 _parse_again = lru_cache(_REMEMBERED_BODIES)(parse)  # so that a cached answer costs little more than its lookup
@@ -55,30 +55,29 @@ def create(ctx: Context, request: Request) -> Response:
 
 
 def _prepare(chat: ChatRequest, messages: list[JSON], use: ToolUse, engine: Engine) -> tuple[list[int], GenerationParams]:
-    segments = render_prompt(engine, messages, use)
+    segments = render_prompt(engine, chat, messages, use)
     prompt_ids = flow.encode_prompt(engine, segments, "messages")
     if not prompt_ids:
         raise TemplateError("The chat template makes an empty prompt of these messages.")
     max_tokens = flow.choose_max_tokens(chat.token_limit, len(prompt_ids), engine.context_length, "messages")
-    return prompt_ids, GenerationParams(
-        max_tokens,
-        chat.n,
-        chat.stop_strings,
-        chat.sampling(),
-        grammar=_tool_grammar(engine, use),
-        opening=_opening(segments),
-    )
+    params = chat.params(max_tokens, engine)._replace(opening=_opening(segments))
+    calls = _tool_grammar(engine, use)
+    return prompt_ids, params if calls is None else params._replace(grammar=calls)
 
 
-def render_prompt(engine: Engine, messages: list[JSON], use: ToolUse) -> tuple[Segment, ...]:
-    """The prompt of a chat; one that must be answered with a call ends where that begins."""
+def render_prompt(engine: Engine, chat: ChatRequest, messages: list[JSON], use: ToolUse) -> tuple[Segment, ...]:
+    """The prompt of a chat. A final message that is to be continued is what an answer begins with, as far as it goes; one that
+    must be answered with a call ends where that begins.
+    """
     flow.check_generates(engine)
     template = engine.chat_template
-    adapted, variables = tool_prompts.adapt(messages, use.functions, template.tools)
-    segments = template.render(adapted, **variables)
-    if not use.forced:
-        return segments
-    return template.extend(segments, tool_formats.opening(template.tools.form))
+    shown = messages[:-1] if chat.continue_final_message else messages
+    adapted, tools = tool_prompts.adapt(shown, use.functions, template.tools)
+    add_prompt = chat.add_generation_prompt or chat.continue_final_message
+    segments = template.render(adapted, add_generation_prompt=add_prompt, **chat.chat_template_kwargs, **tools)
+    if chat.continue_final_message:
+        return flow.extend(segments, messages[-1]["content"])
+    return template.extend(segments, tool_formats.opening(template.tools.form)) if use.forced else segments
 
 
 def _tool_grammar(engine: Engine, use: ToolUse) -> Grammar | None:
@@ -87,9 +86,9 @@ def _tool_grammar(engine: Engine, use: ToolUse) -> Grammar | None:
     if use.forced:
         _check_schemas(use)
         return Grammar("lark", tool_formats.forced_grammar(support.form, use.functions, parallel=use.parallel))
-    if not use.functions or support.form is not HERMES:
+    if not use.functions or (support.definitions and not any(function.strict for function in use.functions)):
         return None
-    if support.definitions and not any(function.strict for function in use.functions):
+    if not support.form.closer:
         return None
     _check_schemas(use)
     return Grammar("lark", tool_formats.free_grammar(support.form, use.functions))
@@ -98,12 +97,8 @@ def _tool_grammar(engine: Engine, use: ToolUse) -> Grammar | None:
 def _check_schemas(use: ToolUse) -> None:
     """Raises InvalidGrammar that names the function whose parameters cannot be enforced."""
     for index, function in enumerate(use.functions):
-        try:
-            grammar.check(Grammar("json_schema", json.dumps(function.schema)))
-        except InvalidGrammar as error:
-            error.param = f"functions[{index}].parameters" if use.legacy else f"tools[{index}].function.parameters"
-            error.param += error.path
-            raise
+        path = f"functions[{index}].parameters" if use.legacy else f"tools[{index}].function.parameters"
+        check_guide(Guide(path, Grammar("json_schema", json.dumps(function.schema))))
 
 
 def _opening(segments: Sequence[Segment]) -> str:

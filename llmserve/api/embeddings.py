@@ -11,10 +11,11 @@ import numpy as np
 from llmserve.api import JSON, body, flow
 from llmserve.api.connection import LOOK_INTERVAL, Watch
 from llmserve.api.context import Context, Request
-from llmserve.api.fields import Array, Integer, OneOf, String, Struct, TextsOrTokens, optional, required
+from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, required
+from llmserve.api.parameters import INT32_MAX, check_model, check_token_ids
 from llmserve.api.responses import Response, ignored_header, json_response
 from llmserve.engine.generation import Embedding, Failed, Generation, GenerationEnd
-from llmserve.errors import ContextLengthExceeded, InvalidParameter, InvalidRequest
+from llmserve.errors import ContextLengthExceeded, InvalidParameter
 
 if TYPE_CHECKING:
     from llmserve.engine.embedding_engine import EmbeddingEngine
@@ -22,36 +23,23 @@ if TYPE_CHECKING:
 
 _MAX_TEXTS = 2048
 _MAX_TOKENS = 300_000  # of all texts together
-_INT32_MAX = 2**31 - 1
-
-_TOKEN_IDS = Array(Integer(0, _INT32_MAX), 1)
 
 
 class EmbeddingsRequest(Struct):
     """The body of POST /v1/embeddings."""
 
     model: str = required(String())
-    input: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...] = required(
-        TextsOrTokens(String(1), _TOKEN_IDS, _MAX_TEXTS)
-    )
+    input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX))
     encoding_format: str = optional(OneOf(("float", "base64")), "float")
-    dimensions: int | None = optional(Integer(1, _INT32_MAX))
+    dimensions: int | None = optional(Integer(1, INT32_MAX))
     user: str | None = optional(String())
-
-    @property
-    def texts(self) -> tuple[str | tuple[int, ...], ...]:
-        """Each text, or its token ids."""
-        if isinstance(self.input, str):
-            return (self.input,)
-        return (self.input,) if isinstance(self.input[0], int) else self.input
 
 
 def create(ctx: Context, request: Request) -> Response:
     """The vectors of all texts, in their order."""
     server = ctx.config.server
     parsed = body.parse_object(body.read(request, server.max_body_size))
-    if parsed.get("model") is None:
-        raise InvalidRequest("you must provide a model parameter")
+    check_model(parsed)
     ignored: list[str] = []
     asked = EmbeddingsRequest.parse(parsed, "", ignored)
     model_id = ctx.registry.resolve(asked.model).id
@@ -59,7 +47,7 @@ def create(ctx: Context, request: Request) -> Response:
     watch = Watch(request.environ, request.received + server.request_timeout)
     with ctx.registry.use(model_id, watch) as engine:
         embedding_engine = _embedding_engine(engine, model_id)
-        generation = embedding_engine.embed(_encode(embedding_engine, asked.texts))
+        generation = embedding_engine.embed(_encode(embedding_engine, asked.input))
     try:
         vectors, end = _read(generation, watch)
     finally:
@@ -91,16 +79,14 @@ def _encode(engine: EmbeddingEngine, texts: tuple[str | tuple[int, ...], ...]) -
 
 
 def _encode_one(engine: EmbeddingEngine, text: str | tuple[int, ...], path: str) -> list[int]:
+    if text == "":
+        raise InvalidParameter(f"Invalid '{path}': empty string.", param=path, code="empty_string")
     if isinstance(text, str):
         flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, "input", "at least ")
         token_ids = engine.encode(text)
     else:
         token_ids = list(text)
-        if (largest := max(token_ids)) >= engine.tokenizer.vocab_size:
-            raise InvalidParameter(
-                f"Invalid '{path}': the model has no token {largest}; its ids are below {engine.tokenizer.vocab_size}.",
-                param=path,
-            )
+        check_token_ids(token_ids, engine.tokenizer.vocab_size, path)
     if len(token_ids) > engine.context_length:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {engine.context_length} tokens. However, your input resulted in "

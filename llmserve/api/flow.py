@@ -16,7 +16,7 @@ from llmserve.api import JSON
 from llmserve.api.connection import LOOK_INTERVAL, Watch
 from llmserve.api.context import Context, Request
 from llmserve.api.render import Tally
-from llmserve.api.responses import DONE, HeaderList, Response, encode, encoded_response, event_stream, frame
+from llmserve.api.responses import DONE, HeaderList, Response, encode, encoded_response, event_stream, frame, ignored_header
 from llmserve.engine.generation import Delta, Event, Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.errors import ContextLengthExceeded, InvalidParameter, QueueFull
 from llmserve.response_cache import Answer, Outcome
@@ -71,7 +71,7 @@ class Call(NamedTuple):
     n: int
     stream: bool
     format: Format
-    headers: HeaderList
+    ignored: tuple[str, ...]  # fields that nothing knows
 
 
 class _Rendering(NamedTuple):
@@ -86,12 +86,15 @@ def respond(ctx: Context, request: Request, call: Call) -> Response:
     server = ctx.config.server
     model_id = ctx.registry.resolve(call.model).id
     request.record.model = model_id
+    if server.strict and call.ignored:
+        name = call.ignored[0]
+        raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     answers = _Answers(ctx, request, call, model_id)
     try:
         answers.open()
         request.record.cache = answers.outcome
         batches = answers.follow()
-        headers = answers.headers() + call.headers
+        headers = answers.headers() + ignored_header(call.ignored)
         if call.stream:
             # Waits for the first event or a moment of silence: an engine that fails at once still gets its status, and
             # a client that has to wait still gets its headers.
@@ -230,6 +233,15 @@ def encode_prompt(engine: Engine, segments: Sequence[Segment], param: str) -> li
     prompt_ids = engine.tokenizer.encode(segments)
     check_length(len(prompt_ids), engine.context_length, param)
     return prompt_ids
+
+
+def extend(segments: tuple[Segment, ...], text: str) -> tuple[Segment, ...]:
+    """A prompt that goes on with `text`."""
+    from llmserve.engine.chat_template import Text
+
+    if segments and isinstance(segments[-1], Text):
+        return *segments[:-1], Text(segments[-1].text + text)
+    return *segments, Text(text)
 
 
 def check_length(num_prompt_tokens: int, context_length: int, param: str, qualifier: str = "") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmserve import __version__
 from llmserve.api import JSON, fields, urls
+from llmserve.api.completions import CompletionRequest
 from llmserve.api.context import Context, Request
 from llmserve.api.embeddings import EmbeddingsRequest
 from llmserve.api.fields import Field, Parser, Struct
@@ -18,6 +19,7 @@ from llmserve.api.tokens import DetokenizeRequest, TokenizeRequest
 
 _BODIES: Mapping[str, type[Struct]] = {
     urls.CHAT: ChatRequest,
+    urls.COMPLETIONS: CompletionRequest,
     urls.EMBEDDINGS: EmbeddingsRequest,
     urls.TOKENIZE: TokenizeRequest,
     urls.DETOKENIZE: DetokenizeRequest,
@@ -46,6 +48,14 @@ _ANSWERS: Mapping[str, JSON] = {
     urls.CHAT: _object(
         id=_STRING, object={"const": "chat.completion"}, created=_INTEGER, model=_STRING, choices=_list(_CHOICE), usage=_USAGE
     ),
+    urls.COMPLETIONS: _object(
+        id=_STRING,
+        object={"const": "text_completion"},
+        created=_INTEGER,
+        model=_STRING,
+        choices=_list(_object(index=_INTEGER, text=_STRING, logprobs={"type": ["object", "null"]}, finish_reason=_STRING)),
+        usage=_USAGE,
+    ),
     urls.EMBEDDINGS: _object(
         object={"const": "list"},
         data=_list(_object(object={"const": "embedding"}, index=_INTEGER, embedding=_VECTOR)),
@@ -56,7 +66,7 @@ _ANSWERS: Mapping[str, JSON] = {
     urls.DETOKENIZE: _object(prompt=_STRING, content=_STRING),
     urls.APPLY_TEMPLATE: _object(prompt=_STRING),
 }
-_STREAMING = frozenset({urls.CHAT})
+_STREAMING = frozenset({urls.CHAT, urls.COMPLETIONS})
 _OUTCOMES = ("400", "401", "403", "404", "405", "413", "415", "500", "503", "504")
 
 
@@ -146,6 +156,11 @@ def schema_of(parser: Parser, structs: dict[str, JSON]) -> dict[str, JSON]:
     return _SCHEMAS[type(parser)](parser, structs)
 
 
+def _string(parser: fields.String) -> dict[str, JSON]:
+    pattern = {} if parser.pattern is None else {"pattern": f"^{parser.pattern}$"}
+    return {"type": "string"} | _bounds(minLength=parser.min_length or None, maxLength=parser.max_length) | pattern
+
+
 def _array(item: Parser, least: int, most: int | None, structs: dict[str, JSON]) -> dict[str, JSON]:
     return {"type": "array", "items": schema_of(item, structs)} | _bounds(minItems=least or None, maxItems=most)
 
@@ -165,13 +180,24 @@ def _tagged(parser: fields.Tagged, structs: dict[str, JSON]) -> dict[str, JSON]:
     return {"oneOf": [{"allOf": [schema_of(each, structs), tags[kind]]} for kind, each in kinds.items()]}
 
 
-def _texts_or_tokens(parser: fields.TextsOrTokens, structs: dict[str, JSON]) -> dict[str, JSON]:
-    single = [schema_of(each, structs) for each in (parser.text, parser.token_ids)]
-    return {"anyOf": [*single, *(_array(each, 1, parser.max_length, structs) for each in (parser.text, parser.token_ids))]}
+def _prompt_forms(parser: fields.PromptForms, structs: dict[str, JSON]) -> dict[str, JSON]:
+    ids = _array(fields.Integer(0, parser.max_id), 1, None, structs)
+    several = [{"type": "array", "items": item, "minItems": 1, "maxItems": parser.max_prompts} for item in (_STRING, ids)]
+    return {"anyOf": [_STRING, ids, *several]}
+
+
+def _biases(parser: fields.Biases, structs: dict[str, JSON]) -> dict[str, JSON]:
+    bias = {"type": "number", "minimum": -parser.bound, "maximum": parser.bound}
+    return {
+        "type": "object",
+        "maxProperties": parser.max_properties,
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": bias,
+    }
 
 
 _SCHEMAS: Mapping[type, Callable[[Any, dict[str, JSON]], dict[str, JSON]]] = {
-    fields.String: lambda each, _: {"type": "string"} | _bounds(minLength=each.min_length or None, maxLength=each.max_length),
+    fields.String: lambda each, _: _string(each),
     fields.Integer: lambda each, _: {"type": "integer", "minimum": each.minimum, "maximum": each.maximum},
     fields.Number: lambda each, _: {"type": "number", "minimum": each.minimum, "maximum": each.maximum},
     fields.Boolean: lambda each, _: {"type": "boolean"},
@@ -183,7 +209,8 @@ _SCHEMAS: Mapping[type, Callable[[Any, dict[str, JSON]], dict[str, JSON]]] = {
     fields.Either: lambda each, structs: {"anyOf": [schema_of(each.first, structs), schema_of(each.second, structs)]},
     fields.Unsupported: _unsupported,
     fields.Tagged: _tagged,
-    fields.TextsOrTokens: _texts_or_tokens,
+    fields.PromptForms: _prompt_forms,
+    fields.Biases: _biases,
 }
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from llmserve.api import JSON
 from llmserve.api.connection import ClientGone
@@ -91,7 +91,7 @@ def internal_error() -> APIError:
     return APIError("The server had an error while processing your request. Sorry about that!")
 
 
-def ignored_header(names: list[str]) -> HeaderList:
+def ignored_header(names: Sequence[str]) -> HeaderList:
     """Says which fields nothing knows: names that a client made up, in a form and number that fit a header."""
     if not names:
         return []

@@ -6,11 +6,10 @@ from llmserve.api import JSON, body, chat, schema
 from llmserve.api.connection import Watch
 from llmserve.api.context import Context, Request
 from llmserve.api.fields import Array, Boolean, Integer, String, Struct, optional, required
+from llmserve.api.parameters import INT32_MAX, check_token_ids
 from llmserve.api.responses import Response, ignored_header, json_response
 from llmserve.engine.tokenizer import Tokenizer
 from llmserve.errors import InvalidParameter
-
-_INT32_MAX = 2**31 - 1
 
 
 class TokenizeRequest(Struct):
@@ -26,7 +25,7 @@ class TokenizeRequest(Struct):
 
 class DetokenizeRequest(Struct):
     model: str = required(String())
-    tokens: tuple[int, ...] = required(Array(Integer(0, _INT32_MAX)))
+    tokens: tuple[int, ...] = required(Array(Integer(0, INT32_MAX)))
 
 
 def tokenize(ctx: Context, request: Request) -> Response:
@@ -41,7 +40,7 @@ def tokenize(ctx: Context, request: Request) -> Response:
         if text is None:
             chat_request, _ = schema.parse_chat(parsed)
             messages = [message.for_template() for message in chat_request.messages]
-            token_ids = tokenizer.encode(chat.render_prompt(engine, messages, chat_request.tool_use()))
+            token_ids = tokenizer.encode(chat.render_prompt(engine, chat_request, messages, chat_request.tool_use()))
         else:
             token_ids = tokenizer.encode_text(text)
             if asked.add_special_tokens and tokenizer.add_bos and tokenizer.bos_token_id is not None:
@@ -57,11 +56,7 @@ def detokenize(ctx: Context, request: Request) -> Response:
     parsed, ignored = _body(ctx, request)
     asked = DetokenizeRequest.parse(parsed, "", ignored)
     with ctx.registry.use(_resolve(ctx, request, asked.model), _watch(ctx, request)) as engine:
-        size = engine.tokenizer.vocab_size
-        if asked.tokens and max(asked.tokens) >= size:
-            raise InvalidParameter(
-                f"Invalid 'tokens': the model has no token {max(asked.tokens)}; its ids are below {size}.", param="tokens"
-            )
+        check_token_ids(asked.tokens, engine.tokenizer.vocab_size, "tokens")
         text = b"".join(map(engine.tokenizer.piece, asked.tokens)).decode("utf-8", "replace")
     return json_response({"prompt": text, "content": text}, headers=ignored_header(ignored))
 
@@ -72,7 +67,7 @@ def apply_template(ctx: Context, request: Request) -> Response:
     asked, ignored = schema.parse_chat(parsed)
     messages = [message.for_template() for message in asked.messages]
     with ctx.registry.use(_resolve(ctx, request, asked.model), _watch(ctx, request)) as engine:
-        segments = chat.render_prompt(engine, messages, asked.tool_use())
+        segments = chat.render_prompt(engine, asked, messages, asked.tool_use())
     return json_response({"prompt": "".join(segment.text for segment in segments)}, headers=ignored_header(ignored))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from llmserve.api import JSON
@@ -22,7 +21,6 @@ from llmserve.api.fields import (
 from llmserve.engine.tool_formats import Function
 from llmserve.errors import InvalidParameter
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_TOOLS = 128
 
 
@@ -43,7 +41,7 @@ class ToolUse(NamedTuple):
 
 
 class FunctionDefinition(Struct):
-    name: str = required(String(1, 64))
+    name: str = required(String(1, 64, "[A-Za-z0-9_-]*"))
     description: str | None = optional(String())
     parameters: dict[str, JSON] | None = optional(Object())
     strict: bool = optional(Boolean(), False)
@@ -86,7 +84,7 @@ FUNCTION_CALL = Either(OneOf(("none", "auto")), FunctionName)
 
 def resolve(tools: tuple[Tool, ...], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
     """What `tools` and `tool_choice` mean. Raises InvalidParameter."""
-    functions = [_function(tool.function, f"tools[{index}].function") for index, tool in enumerate(tools)]
+    functions = [_function(tool.function) for tool in tools]
     if choice in (None, "auto"):
         return ToolUse(tuple(functions), parallel=parallel)
     if choice == "none":
@@ -107,7 +105,7 @@ def resolve(tools: tuple[Tool, ...], choice: ToolChoice | None, *, parallel: boo
 
 def resolve_legacy(definitions: tuple[FunctionDefinition, ...], choice: str | FunctionName | None) -> ToolUse:
     """What `functions` and `function_call` mean. Raises InvalidParameter."""
-    functions = [_function(definition, f"functions[{index}]") for index, definition in enumerate(definitions)]
+    functions = [_function(definition) for definition in definitions]
     if choice == "none":
         return ToolUse(legacy=True)
     if isinstance(choice, FunctionName):
@@ -117,13 +115,7 @@ def resolve_legacy(definitions: tuple[FunctionDefinition, ...], choice: str | Fu
     return ToolUse(tuple(functions), parallel=False, legacy=True)
 
 
-def _function(definition: FunctionDefinition, path: str) -> Function:
-    if not _NAME.fullmatch(definition.name):
-        raise InvalidParameter(
-            f"Invalid '{path}.name': string does not match pattern. Expected a string that matches the pattern "
-            f"'^[a-zA-Z0-9_-]+$'.",
-            param=f"{path}.name",
-        )
+def _function(definition: FunctionDefinition) -> Function:
     return Function(definition.name, definition.description, definition.parameters, definition.strict)
 
 

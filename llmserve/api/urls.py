@@ -17,6 +17,7 @@ TOKENIZE = "llmserve.api.tokens:tokenize"
 DETOKENIZE = "llmserve.api.tokens:detokenize"
 APPLY_TEMPLATE = "llmserve.api.tokens:apply_template"
 DOCS = "llmserve.api.openapi:docs"
+COMPLETIONS = "llmserve.api.completions:create"
 ACT = "llmserve.api.models:act"
 
 URLS = Map(
@@ -32,6 +33,7 @@ URLS = Map(
         Rule("/tokenize", methods=["POST"], endpoint=TOKENIZE),
         Rule("/detokenize", methods=["POST"], endpoint=DETOKENIZE),
         Rule("/apply-template", methods=["POST"], endpoint=APPLY_TEMPLATE),
+        Rule("/v1/completions", methods=["POST"], endpoint=COMPLETIONS),
         Rule("/v1/models", methods=["GET"], endpoint="llmserve.api.models:index"),
         Rule("/v1/models/<path:name>", methods=["GET"], endpoint="llmserve.api.models:retrieve"),
         Rule("/v1/models/<path:name>", methods=["POST"], endpoint=ACT),
@@ -40,7 +42,7 @@ URLS = Map(
     merge_slashes=False,
 )
 
-LONG = frozenset({CHAT, EMBEDDINGS, TOKENIZE, DETOKENIZE, APPLY_TEMPLATE, ACT})
+LONG = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE, APPLY_TEMPLATE, ACT})
 """Endpoints that may take long: they pass the gate that keeps threads free for the others."""
 
 
