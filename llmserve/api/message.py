@@ -31,6 +31,12 @@ class MessageWriter:
         self._parser = parser
         self._legacy = legacy
         self._tokens: tuple[TokenScore, ...] = ()  # of text that the parser holds
+        # An answer that may be calls has no content until it has some.
+        self._content: str | None = None if parser is not None and parser.may_call else ""
+
+    def begin(self) -> dict[str, JSON]:
+        """What a stream sends first."""
+        return {"role": "assistant", "content": self._content, "refusal": None}
 
     def push(self, delta: Delta) -> list[MessageDelta]:
         if self._parser is None:
@@ -43,6 +49,8 @@ class MessageWriter:
         if self._parser is None:
             return [], finish_reason
         deltas = self._write(self._parser.flush(cut=finish_reason == FinishReason.LENGTH))
+        if self._content is None and not self._parser.num_calls:
+            deltas.append(MessageDelta({"content": ""}))
         if self._parser.num_calls and finish_reason == FinishReason.STOP:
             finish_reason = "function_call" if self._legacy else "tool_calls"
         return deltas, finish_reason
@@ -54,6 +62,7 @@ class MessageWriter:
         """The tokens that have come since the last part are this one's, as far as they can be told apart."""
         tokens, self._tokens = self._tokens, ()
         if isinstance(part, Content):
+            self._content = ""
             return MessageDelta({"content": part.text}, tokens)
         if isinstance(part, Reasoning):
             return MessageDelta({"reasoning_content": part.text})

@@ -146,7 +146,7 @@ class ChatWriter:
         self._logprobs = logprobs
 
     def first(self, index: int) -> list[JSON]:
-        return [self._choice(index, {"role": "assistant", "content": "", "refusal": None})]
+        return [self._choice(index, self._message(index).begin())]
 
     def more(self, event: Event) -> list[JSON]:
         if isinstance(event, Delta):

@@ -79,6 +79,10 @@ class OutputParser:
         if forced:
             self._step = self._forced_answer
 
+    @property
+    def may_call(self) -> bool:
+        return bool(self._functions)
+
     def push(self, text: str) -> list[Part]:
         """The parts that are certain with `text`."""
         self._buffer += text

@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 
 JSON = Any
 
+_OPEN = frozenset(
+    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf not if $ref minProperties".split()
+)
+"""What speaks of members that `properties` does not name."""
+
 _MOST_CALLS = 16  # that one forced answer may hold
 
 
@@ -108,9 +113,25 @@ def _call_rules(form: ToolFormat, functions: Sequence[Function], before: str = "
 
 
 def _closed(schema: dict[str, JSON]) -> dict[str, JSON]:
-    """Arguments are an object whatever the schema says or leaves open, in a form that cannot grow by white space alone."""
+    """Arguments are an object whatever the schema leaves open, in a form that cannot grow by white space or made-up members."""
     options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return {"type": "object"} | schema | {"x-guidance": options}
+    return {"type": "object", **_without_others(schema), "x-guidance": options}
+
+
+def _without_others(schema: JSON) -> JSON:
+    """A schema that allows no members beside those it names, where it does not speak of others: all it allows is valid by `schema`."""
+    if not isinstance(schema, dict):
+        return schema
+    closed = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            value = {name: _without_others(each) for name, each in value.items()}
+        elif key == "items":
+            value = _without_others(value)
+        closed[key] = value
+    if "properties" in schema and _OPEN.isdisjoint(schema):
+        closed["additionalProperties"] = False
+    return closed
 
 
 def describe(functions: Sequence[Function]) -> str:

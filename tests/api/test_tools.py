@@ -57,8 +57,6 @@ def assembled(response):
             accumulate(message, choice["delta"])
     for call in message.get("tool_calls", ()):
         del call["index"]
-    if not message["content"] and ("tool_calls" in message or "function_call" in message):
-        message["content"] = None
     return message, finish_reason
 
 
@@ -75,7 +73,7 @@ def accumulate(into, delta):
                     accumulate(calls[entry["index"]]["function"], entry["function"])
         elif isinstance(value, dict):
             accumulate(into.setdefault(name, {}), value)
-        elif isinstance(value, str) and into.get(name):
+        elif isinstance(value, str) and into.get(name) is not None:
             into[name] += value
         else:
             into[name] = value
@@ -167,10 +165,8 @@ def test_the_older_functions_are_answered_in_their_own_words(ask):
 
 def test_a_native_template_is_left_to_the_model_unless_a_function_is_strict(serve):
     """With a grammar the arguments must be right; without one the model writes what it likes."""
-    template = (
-        TEMPLATE.replace("{{ raise_exception('no tools here') }}", "")
-        + "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
-    )
+    shows_tools = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
+    template = shows_tools + TEMPLATE.replace("{{ raise_exception('no tools here') }}", "")
     wrong = CALL.replace("Oslo", "Rome")
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     served = serve(say(wrong), template=template, context_length=2048)
@@ -198,7 +194,8 @@ def test_a_choice_of_what_is_not_there_is_refused(served, parameters, param):
     )
 
 
-def test_a_schema_that_cannot_be_enforced_is_named(served):
+def test_a_schema_that_cannot_be_enforced_is_named(serve):
+    served = serve(context_length=2048)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "nothing"}}}}}
     response = served.chat(tools=[NOW, tool], tool_choice="required")
     assert response.status_code == 400

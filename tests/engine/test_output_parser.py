@@ -2,7 +2,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmserve.engine.output_parser import CallArguments, CallBegin, Content, OutputParser, Reasoning
@@ -187,6 +187,7 @@ MEMBERS = ['"name": ', '"add"', '"arguments": ', '"parameters": ', '{"name": "ad
 FRAGMENTS = st.sampled_from([*'{}[]",: \\\nax1;', *MARKERS, *MEMBERS])
 
 
+@settings(deadline=None)
 @given(
     st.lists(FRAGMENTS, max_size=14).map("".join),
     st.lists(st.integers(0, 400)),
@@ -201,11 +202,13 @@ def test_however_it_is_cut_into_pieces_a_text_means_the_same(text, cuts, reasoni
     assert parse(text, reasoning=reasoning) == whole
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab<{\n [T"))
 def test_text_without_a_call_comes_out_as_it_is(text):
     assert parse(text) == (text, "", [])
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda each: st.dictionaries(st.text(), each)))
 def test_arguments_come_out_as_they_are(value):
     arguments = json.dumps({"value": value})

@@ -77,7 +77,7 @@ def test_a_free_answer_may_be_anything_but_a_wrong_call(constraints, text, right
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["f", "a-b_C9"])
 def test_what_is_forced_is_read_as_a_call(constraints, form, name):
-    function = Function(name, "", {"type": "object", "properties": {"x": {"const": 'a"}]'}}, "required": ["x"]})
+    function = Function(name, "", {"type": "object", "properties": {"x": {"const": "a}]"}}, "required": ["x"]})
     constraint = constraints.get(Grammar("lark", forced_grammar(form, [function], parallel=False))).copy()
     text = bytearray()
     while not constraint.complete:  # there is one way only
@@ -88,4 +88,20 @@ def test_what_is_forced_is_read_as_a_call(constraints, form, name):
     begin, *arguments = parser.push(text.decode()) + parser.flush()
     assert begin == CallBegin(0, name)
     assert all(isinstance(part, CallArguments) for part in arguments)
-    assert json.loads("".join(part.text for part in arguments)) == {"x": 'a"}]'}
+    assert json.loads("".join(part.text for part in arguments)) == {"x": "a}]"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "right"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"b": 1}', False),
+        ({"properties": {"a": {"properties": {"b": {"type": "null"}}}}}, '{"a": {"c": 1}}', False),
+        ({"properties": {"a": {"items": {"properties": {}}}}}, '{"a": [{}]}', True),
+        ({"properties": {}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', True),
+        ({"additionalProperties": True}, '{"b": 1}', True),
+    ],
+)
+def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema, text, right):
+    grammar = forced_grammar(LLAMA_3, [Function("f", "", schema)], parallel=False)
+    assert accepts(constraints, grammar, f'{{"name": "f", "parameters": {text}}}') == right
