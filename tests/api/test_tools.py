@@ -165,8 +165,8 @@ def test_the_older_functions_are_answered_in_their_own_words(ask):
 
 def test_a_native_template_is_left_to_the_model_unless_a_function_is_strict(serve):
     """With a grammar the arguments must be right; without one the model writes what it likes."""
-    shows_tools = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
-    template = shows_tools + TEMPLATE.replace("{{ raise_exception('no tools here') }}", "")
+    shows_tools = "<start>{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{{ m['role'] }}"
+    template = TEMPLATE.replace("{{ raise_exception('no tools here') }}", "").replace("<start>{{ m['role'] }}", shows_tools)
     wrong = CALL.replace("Oslo", "Rome")
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     served = serve(say(wrong), template=template, context_length=2048)
