@@ -68,7 +68,7 @@ class LlamaCppBackend:
         self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
         if not self._model:
             raise _refusal()
-        self._context = library.llama_init_from_model(self._model, self._context_params(settings))
+        self._context = library.llama_init_from_model(self._model, self._params(settings))
         if not self._context:
             self.close()
             raise _refusal()
@@ -143,16 +143,9 @@ class LlamaCppBackend:
             library.llama_model_free(self._model)
         self._context = self._model = None
 
-    def _context_params(self, settings: LlamaCppSettings) -> Any:
-        params = library.llama_context_default_params()
-        params.n_ctx = self.context_length * self.num_sequences
-        params.n_seq_max = self.num_sequences
-        params.n_batch = params.n_ubatch = self.batch_size
-        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-        params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
-        params.kv_unified = False
-        params.no_perf = True
-        return params
+    def _params(self, settings: LlamaCppSettings) -> Any:
+        """Of the context; a subclass may have others."""
+        return _context_params(self, settings)
 
     def _open(self) -> _Context:
         if not self._context:
@@ -202,6 +195,18 @@ def _model_params(settings: LlamaCppSettings) -> Any:
     params = library.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
     params.use_extra_bufts = settings.repack
+    return params
+
+
+def _context_params(backend: LlamaCppBackend, settings: LlamaCppSettings) -> Any:
+    params = library.llama_context_default_params()
+    params.n_ctx = backend.context_length * backend.num_sequences
+    params.n_seq_max = backend.num_sequences
+    params.n_batch = params.n_ubatch = backend.batch_size
+    params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
+    params.kv_unified = False
+    params.no_perf = True
     return params
 
 

@@ -64,8 +64,8 @@ class LlamaCppEmbedder(LlamaCppBackend):
         if outcome:
             raise RuntimeError(f"the library could not evaluate {count} tokens (llama_decode: {outcome})")
 
-    def _context_params(self, settings: LlamaCppSettings) -> Any:
-        params = super()._context_params(settings)
+    def _params(self, settings: LlamaCppSettings) -> Any:
+        params = super()._params(settings)
         params.embeddings = True
         params.pooling_type = _POOLING[self._pooling]
         return params
