@@ -116,8 +116,8 @@ def test_a_tool_loop_of_three_turns_ends(client):
         )
         message = answer.choices[0].message
         messages.append(message)  # as the client's own object: it sends it back with its nulls
-        for call in message.tool_calls or ():
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": "18 degrees, sunny"})
+        calls = message.tool_calls or ()
+        messages += [{"role": "tool", "tool_call_id": call.id, "content": "18 degrees, sunny"} for call in calls]
     assert message.content
     assert message.tool_calls is None
 
@@ -135,10 +135,8 @@ def test_the_parse_helper_makes_models_of_arguments(client):
 
 def test_the_stream_helper_tells_arguments_as_they_come(client):
     tool = openai.pydantic_function_tool(GetWeather)
-    kinds = []
     with client.chat.completions.stream(**OPTIONS, tools=[tool], tool_choice=named("GetWeather")) as stream:
-        for event in stream:
-            kinds.append(event.type)
+        kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "tool_calls.function.arguments.delta" in kinds
     assert kinds.count("tool_calls.function.arguments.done") == 1
@@ -147,11 +145,10 @@ def test_the_stream_helper_tells_arguments_as_they_come(client):
 
 def test_the_async_client_calls_too(base_url):
     async def run():
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
-            async with client.chat.completions.stream(
-                **OPTIONS, tools=[ADD], tool_choice="required", parallel_tool_calls=False
-            ) as stream:
-                return await stream.get_final_completion()
+        asked = {**OPTIONS, "tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
+        client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
+        async with client, client.chat.completions.stream(**asked) as stream:
+            return await stream.get_final_completion()
 
     (call,) = asyncio.run(run()).choices[0].message.tool_calls
     check_arguments("add", call.function.arguments)
