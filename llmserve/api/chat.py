@@ -61,8 +61,7 @@ def _prepare(chat: ChatRequest, messages: list[JSON], use: ToolUse, engine: Engi
         raise TemplateError("The chat template makes an empty prompt of these messages.")
     max_tokens = flow.choose_max_tokens(chat.token_limit, len(prompt_ids), engine.context_length, "messages")
     params = chat.params(max_tokens, engine)._replace(opening=_opening(segments))
-    calls = _tool_grammar(engine, use)
-    return prompt_ids, params if calls is None else params._replace(grammar=calls)
+    return prompt_ids, params._replace(grammar=_grammar(engine, use, params.grammar))
 
 
 def render_prompt(engine: Engine, chat: ChatRequest, messages: list[JSON], use: ToolUse) -> tuple[Segment, ...]:
@@ -80,13 +79,24 @@ def render_prompt(engine: Engine, chat: ChatRequest, messages: list[JSON], use: 
     return template.extend(segments, tool_formats.opening(template.tools.form)) if use.forced else segments
 
 
-def _tool_grammar(engine: Engine, use: ToolUse) -> Grammar | None:
-    """What keeps calls right: those that are forced, or strict, or in a format that the model has only been told of."""
+def _grammar(engine: Engine, use: ToolUse, asked: Grammar | None) -> Grammar | None:
+    """What an answer is kept within. `asked` is what was asked for beside tools: of that form is what is no call.
+
+    Without it, a grammar keeps those calls right that are forced, or strict, or in a format that the model has only been told of.
+    """
     support = engine.chat_template.tools
+    if not use.functions:
+        return asked
+    if asked is not None and not use.forced:
+        if asked.kind != "json_schema":
+            return asked
+        _check_schemas(use)
+        guided = tool_formats.guided_grammar(support.form, use.functions, asked.text, parallel=use.parallel)
+        return Grammar("lark", guided)
     if use.forced:
         _check_schemas(use)
         return Grammar("lark", tool_formats.forced_grammar(support.form, use.functions, parallel=use.parallel))
-    if not use.functions or (support.definitions and not any(function.strict for function in use.functions)):
+    if support.definitions and not any(function.strict for function in use.functions):
         return None
     if not support.form.closer:
         return None

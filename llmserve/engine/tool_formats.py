@@ -16,6 +16,8 @@ _OPEN = frozenset(
 )
 """What speaks of members that `properties` does not name."""
 
+_COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+
 _MOST_CALLS = 16  # that one forced answer may hold
 
 
@@ -92,6 +94,13 @@ def forced_grammar(form: ToolFormat, functions: Sequence[Function], *, parallel:
     return "\n".join([f"start: {start}", *_call_rules(form, functions)])
 
 
+def guided_grammar(form: ToolFormat, functions: Sequence[Function], schema: str, *, parallel: bool) -> str:
+    """A Lark grammar of an answer that is JSON of a schema, given as its JSON, or else calls."""
+    opener = f"{json.dumps(opening(form))} " if opening(form) else ""
+    calls = forced_grammar(form, functions, parallel=parallel).removeprefix("start: ")
+    return f"start: answer | {opener}{calls}\nanswer: %json {json.dumps(json.loads(schema) | _COMPACT)}"
+
+
 def free_grammar(form: ToolFormat, functions: Sequence[Function]) -> str:
     """A Lark grammar of any text in which every call that is begun is a right one."""
     end = json.dumps(f"\n{form.closer}")
@@ -114,8 +123,7 @@ def _call_rules(form: ToolFormat, functions: Sequence[Function], before: str = "
 
 def _closed(schema: dict[str, JSON]) -> dict[str, JSON]:
     """Arguments are an object whatever the schema leaves open, in a form that cannot grow by white space or made-up members."""
-    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return {"type": "object", **_without_others(schema), "x-guidance": options}
+    return {"type": "object", **_without_others(schema), **_COMPACT}
 
 
 def _without_others(schema: JSON) -> JSON:

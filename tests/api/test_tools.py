@@ -149,6 +149,13 @@ def test_allowed_tools_are_the_only_ones(ask):
     assert message["tool_calls"] == [call("now", "{}")]
 
 
+def test_beside_a_response_format_an_answer_is_of_that_or_a_call(ask):
+    schema = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    assert ask('{"x": 1}', **wanted)[0]["content"] == '{"x": 1}'
+    assert ask(CALL, **wanted)[0]["tool_calls"] == [call("weather", '{"city": "Oslo"}')]
+
+
 def test_several_choices_have_calls_of_their_own(serve):
     response = serve(say(CALL), context_length=2048).chat(tools=[WEATHER], n=2, temperature=0, max_tokens=200)
     assert [choice["message"]["tool_calls"][0]["function"]["name"] for choice in response.json["choices"]] == ["weather"] * 2

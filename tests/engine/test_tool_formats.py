@@ -7,7 +7,16 @@ import pytest
 from llmserve.engine.constraint import Constraints
 from llmserve.engine.generation import Grammar
 from llmserve.engine.output_parser import CallArguments, CallBegin, OutputParser
-from llmserve.engine.tool_formats import FORMATS, HERMES, LLAMA_3, MISTRAL, Function, forced_grammar, free_grammar
+from llmserve.engine.tool_formats import (
+    FORMATS,
+    HERMES,
+    LLAMA_3,
+    MISTRAL,
+    Function,
+    forced_grammar,
+    free_grammar,
+    guided_grammar,
+)
 from tests.fakes import byte_tokenizer
 
 FUNCTIONS = (
@@ -105,3 +114,19 @@ def test_what_is_forced_is_read_as_a_call(constraints, form, name):
 def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema, text, right):
     grammar = forced_grammar(LLAMA_3, [Function("f", "", schema)], parallel=False)
     assert accepts(constraints, grammar, f'{{"name": "f", "parameters": {text}}}') == right
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "right"),
+    [
+        (HERMES, '{"x": 1}', True),
+        (HERMES, f"<tool_call>\n{NOW}\n</tool_call>", True),
+        (HERMES, "Hello", False),
+        (HERMES, f"{NOW}\n</tool_call>", False),
+        (MISTRAL, f"[TOOL_CALLS][{NOW}]", True),
+        (LLAMA_3, NOW.replace("arguments", "parameters"), True),
+    ],
+)
+def test_an_answer_may_be_of_a_schema_or_a_call(constraints, form, text, right):
+    schema = '{"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false}'
+    assert accepts(constraints, guided_grammar(form, FUNCTIONS, schema, parallel=True), text) == right
