@@ -287,17 +287,16 @@ class OutputParser:
             self._parts.append(CallArguments(self.num_calls - 1, text))
 
     def _emit_certain(self, kind: type[Content] | type[Reasoning], markers: Iterable[str]) -> None:
-        """All but what may be the space before one of `markers`, and its beginning."""
+        """All but what may be the space before one of `markers`, and its beginning: that has its first character only there."""
         text = self._buffer
-        if self._final:
-            certain = len(text)
-        else:
-            held = max(
-                len(marker[:length]) for marker in markers for length in range(len(marker)) if text.endswith(marker[:length])
-            )
-            certain = len(text[: len(text) - held].rstrip())
-        self._emit(kind, text[:certain])
-        self._buffer = text[certain:]
+        start = len(text)
+        if not self._final:
+            last = max(text.rfind("<"), text.rfind("["))
+            if last >= 0 and any(marker.startswith(text[last:]) for marker in markers):
+                start = last
+            start = len(text[:start].rstrip())
+        self._emit(kind, text[:start])
+        self._buffer = text[start:]
 
     def _go(self, step: Callable[[], bool]) -> bool:
         self._step = step
