@@ -207,9 +207,9 @@ def test_the_stream_helper_parses_too(client):
 
 
 def test_a_final_message_is_continued(client):
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three, fo"}]
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three,"}]
     text = ask(client, messages=messages, temperature=0, extra_body={"continue_final_message": True}).choices[0].message.content
-    assert text.startswith("ur")
+    assert text.lstrip().startswith("four")
 
 
 BAD = [
