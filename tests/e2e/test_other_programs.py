@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -114,13 +113,13 @@ class TestLiteLLM:
 
 
 def test_the_llm_command(base_url, tmp_path):
-    command = Path(sys.executable).with_name("llm")
-    if not command.exists() and not shutil.which("llm"):
+    command = shutil.which("llm", path=os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
+    if command is None:
         pytest.skip("llm is not installed")
     model = f"- model_id: ours\n  model_name: {MODEL}\n  api_base: {base_url}\n  can_stream: true\n"
     (tmp_path / "extra-openai-models.yaml").write_text(model)
     environ = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
     for options in ([], ["--no-stream"]):
-        arguments = [str(command), "-m", "ours", "-o", "temperature", "0", "-o", "max_tokens", "12", *options, QUESTION]
+        arguments = [command, "-m", "ours", "-o", "temperature", "0", "-o", "max_tokens", "12", *options, QUESTION]
         result = subprocess.run(arguments, env=environ, capture_output=True, text=True, timeout=120, check=False)
         assert (result.returncode, bool(result.stdout.strip())) == (0, True), result.stderr
