@@ -79,7 +79,7 @@ def test_instructor(client, mode):
     patched = instructor.from_openai(client, mode=instructor.Mode[mode])
     messages = [{"role": "user", "content": f"{QUESTION} Use celsius."}]
     answer = patched.chat.completions.create(
-        model=MODEL, response_model=Weather, messages=messages, temperature=0, max_tokens=100, max_retries=0
+        model=MODEL, response_model=Weather, messages=messages, temperature=0, max_tokens=400, max_retries=0
     )
     assert isinstance(answer, Weather)
 
