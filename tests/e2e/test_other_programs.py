@@ -73,7 +73,7 @@ class TestLangChain:
         assert model.embed_query("hello world") == pytest.approx(first, abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
+@pytest.mark.parametrize("mode", ["TOOLS"])
 def test_instructor(client, mode):
     instructor = pytest.importorskip("instructor", reason="instructor is not installed")
     patched = instructor.from_openai(client, mode=instructor.Mode[mode])
