@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +80,10 @@ class App:
         if request.method == "HEAD":
             response.body = []
         return response
+
+    def listens_on(self, binds: Sequence[str]) -> None:
+        """Told by a server that may have been given other addresses than the configuration's, before the first request."""
+        self._access = Access(self._context.config.server, binds)
 
     def start(self) -> None:
         """Begin to load the startup models; returns at once."""

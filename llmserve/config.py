@@ -142,6 +142,13 @@ class ModelSpec:
     )
     gpu_layers: int = _option(0, _integer(0, 10**4), "layers that a GPU evaluates; llama.cpp only")
     chat_template: str = _option("", _string, "Jinja template, or the path of one, instead of the file's own")
+    task: str = _option(
+        "auto", _one_of("auto", "generate", "embed"), "make text, or vectors of texts; auto is what it is made for"
+    )
+    pooling: str = _option(
+        "auto", _one_of("auto", "mean", "last", "cls"), "how a text's vector is made of its tokens'; auto is as the file says"
+    )
+    reasoning: bool = _option(False, _boolean, "answers may begin with a <think> block, which is sent as `reasoning_content`")
     load: str = _option("startup", _one_of("startup", "on_demand"), "when it is loaded")
 
     @property

@@ -77,7 +77,11 @@ class InvalidGrammar(InvalidRequest):
 
 class InvalidAPIKey(InvalidRequest):
     status = 401
-    code = "invalid_api_key"
+    code: str | None = "invalid_api_key"
+
+
+class MissingAPIKey(InvalidAPIKey):
+    code = None
 
 
 class ForbiddenHost(InvalidRequest):

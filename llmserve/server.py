@@ -74,13 +74,17 @@ def _on_starting(config: Config) -> Callable[[Any], None]:
                 "each worker would load its own, and only one would hear of a load or unload."
             )
         try:
-            for bind in arbiter.cfg.bind if isinstance(arbiter.cfg.bind, list) else [arbiter.cfg.bind]:
+            for bind in _binds(arbiter.cfg):
                 if not bind.startswith(("unix:", "fd://")):
                     check_public(config, bind)
         except ConfigError as error:
             sys.exit(f"llmserve: {error}")
 
     return on_starting
+
+
+def _binds(cfg: Any) -> list[str]:
+    return cfg.bind if isinstance(cfg.bind, list) else [cfg.bind]
 
 
 def _post_fork(arbiter: Any, worker: Any) -> None:
@@ -90,7 +94,8 @@ def _post_fork(arbiter: Any, worker: Any) -> None:
 
 def _post_worker_init(grace_period: float) -> Callable[[Any], None]:
     def post_worker_init(worker: Any) -> None:
-        """Close the app when SIGTERM comes, not only when the worker ends: answers under way have the time between."""
+        """Tell the app where it listens, and close it when SIGTERM comes, not only when the worker ends: answers under way have the time between."""
+        worker.wsgi.listens_on(_binds(worker.cfg))
         stop: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put is reentrant, so a signal handler may call it
 
         def close_when_told() -> None:

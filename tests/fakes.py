@@ -188,7 +188,10 @@ def make_engine(
 class FakeLoader:
     """A `ModelLoader` whose engines run on fake backends, one slot each; loads can be held up and made to fail."""
 
-    def __init__(self, reply: Reply = babble, memory_bytes: int = 1100, **engine_options: object) -> None:
+    def __init__(
+        self, reply: Reply = babble, memory_bytes: int = 1100, context_length: int = 256, **engine_options: object
+    ) -> None:
+        self._context_length = context_length
         self.memory_bytes = memory_bytes
         self.prepared: list[str] = []
         self.failures: dict[str, Exception] = {}
@@ -212,7 +215,7 @@ class FakeLoader:
         return FakePrepared(self, f"{spec.id}-{self.prepared.count(spec.id)}", self.memory_bytes)
 
     def open(self, identity: str, statistics: StatisticsCounter) -> Engine:
-        backend = FakeBackend(self._reply)
+        backend = FakeBackend(self._reply, self._context_length)
         self.backends.append(backend)
         info = EngineInfo(identity, "fake", "it is a test", backend.context_length, 1, self.memory_bytes, 0)
         return make_engine([backend], statistics=statistics, info=info, **self._engine_options)

@@ -15,7 +15,7 @@ DOORS = {
     "werkzeug": ("app", "api/"),
     "gunicorn": ("server",),
     "ctransformers": ("engine/ctransformers_backend",),
-    "llama_cpp": ("engine/llamacpp_backend",),
+    "llama_cpp": ("engine/llamacpp_",),
     "llguidance": ("engine/grammar",),
     "jinja2": ("engine/chat_template",),
     "tokenizers": ("engine/tokenizer",),

@@ -184,6 +184,51 @@ def write_modern(path: Path, architecture: str, *, seed: int = 0) -> Path:
     return _write_gguf(path, {**hyperparameters, **tokenizer}, weights, Quantization.F32)
 
 
+def write_bert(path: Path, *, pooling: int = 1, seed: int = 0, keys: Keys = NONE) -> Path:
+    """A BERT, which makes vectors only, with a WordPiece vocabulary. `pooling` is of enum llama_pooling_type."""
+    width, rng = 64, np.random.default_rng(seed)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = list(dict.fromkeys([*special, *(f"▁{word}" for word in [*WORDS, *letters]), *letters]))
+    weights: Weights = {
+        "token_embd.weight": _matrix(rng, len(tokens), width),
+        "token_types.weight": _matrix(rng, 2, width),
+        "position_embd.weight": _matrix(rng, CONTEXT_LENGTH, width),
+        "token_embd_norm.weight": _norm(rng, width),
+        "token_embd_norm.bias": _bias(rng, width),
+    }
+    shapes = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width), "attn_output": (width, width)}
+    shapes |= {"ffn_up": (2 * width, width), "ffn_down": (width, 2 * width)}
+    for i in range(NUM_LAYERS):
+        for name, shape in shapes.items():
+            weights |= {f"blk.{i}.{name}.weight": _matrix(rng, *shape), f"blk.{i}.{name}.bias": _bias(rng, shape[0])}
+        for name in ("attn_output_norm", "layer_output_norm"):
+            weights |= {f"blk.{i}.{name}.weight": _norm(rng, width), f"blk.{i}.{name}.bias": _bias(rng, width)}
+    header = {
+        "general.architecture": "bert",
+        "bert.context_length": CONTEXT_LENGTH,
+        "bert.embedding_length": width,
+        "bert.block_count": NUM_LAYERS,
+        "bert.feed_forward_length": 2 * width,
+        "bert.attention.head_count": NUM_HEADS,
+        "bert.attention.layer_norm_epsilon": 1e-5,
+        "bert.attention.causal": False,
+        "bert.pooling_type": pooling,
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL] * len(special) + [NORMAL] * (len(tokens) - len(special)),
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.seperator_token_id": 3,
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.ggml.mask_token_id": 4,
+    }
+    return _write_gguf(path, {**header, **keys}, weights, Quantization.F32)
+
+
 def write_ggml_gpt2(path: Path, *, seed: int = 0) -> Path:
     """A GPT-2 in the format before GGUF: ctransformers loads it with model_type="gpt2"."""
     return write_ggml(path, "gpt2", seed=seed)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Sequence
 
 from llmserve.api.context import Request
 from llmserve.api.responses import Response
 from llmserve.config import ServerConfig, is_loopback, split_bind
-from llmserve.errors import ForbiddenHost, ForbiddenOrigin, InvalidAPIKey
+from llmserve.errors import ForbiddenHost, ForbiddenOrigin, InvalidAPIKey, MissingAPIKey
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
@@ -25,9 +26,10 @@ _PREFLIGHT_MAX_AGE = "7200"  # seconds; browsers take no more
 class Access:
     """The rules of one configuration. Thread-safe."""
 
-    def __init__(self, server: ServerConfig) -> None:
+    def __init__(self, server: ServerConfig, binds: Sequence[str] = ()) -> None:
+        """`binds` are where the server listens, if not where the configuration says."""
         self._hosts = frozenset(host.lower() for host in server.allowed_hosts)
-        self._any_host = "*" in self._hosts or not (self._hosts or _is_loopback_only(server.bind))
+        self._any_host = "*" in self._hosts or not (self._hosts or all(map(_is_loopback_only, binds or [server.bind])))
         self._origins = frozenset(origin.lower().rstrip("/") for origin in server.cors_origins)
         self._keys = tuple(key.encode() for key in server.api_keys)
 
@@ -74,7 +76,7 @@ class Access:
         scheme, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else request.environ.get("HTTP_X_API_KEY", "")
         if not key:
-            raise InvalidAPIKey(
+            raise MissingAPIKey(
                 "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
                 "(i.e. Authorization: Bearer YOUR_KEY)."
             )

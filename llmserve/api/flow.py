@@ -216,8 +216,17 @@ class _Answers:
         self._open[index] = self._ctx.cache.open(key, start, may_lookup=self._may_lookup, may_store=self._may_store)
 
 
+def check_generates(engine: Engine) -> None:
+    """Raises InvalidParameter for a model that makes vectors only."""
+    if not engine.generates:
+        raise InvalidParameter(
+            "This model makes embeddings, not text: it is for /v1/embeddings.", param="model", code="unsupported_value"
+        )
+
+
 def encode_prompt(engine: Engine, segments: Sequence[Segment], param: str) -> list[int]:
     """The ids of a prompt that fits the context by itself. Raises ContextLengthExceeded."""
+    check_generates(engine)
     num_characters = sum(len(segment.text) for segment in segments)
     if num_characters > _COSTLY_TO_COUNT:
         check_length(num_characters // engine.tokenizer.max_piece_size, engine.context_length, param, "at least ")

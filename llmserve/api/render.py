@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from llmserve.api import JSON
 from llmserve.api.context import unique
+from llmserve.api.message import MessageDelta, MessageWriter, assemble
 from llmserve.engine.generation import ChoiceEnd, Delta, Event, GenerationEnd, PromptScores, TokenScore
 
 _LEAST_LOGPROB = -9999.0
@@ -138,31 +139,51 @@ class ChunkStream:
 class ChatWriter:
     """Chunks of a chat. `logprobs`: whether they were asked for."""
 
-    def __init__(self, logprobs: bool = False) -> None:
+    def __init__(self, logprobs: bool = False, new_message: Callable[[], MessageWriter] = MessageWriter) -> None:
+        """`new_message` makes what writes the message of one choice."""
+        self._new_message = new_message
+        self._messages: dict[int, MessageWriter] = {}
         self._logprobs = logprobs
 
     def first(self, index: int) -> list[JSON]:
-        return [self._choice(index, {"role": "assistant", "content": "", "refusal": None})]
+        return [self._choice(index, self._message(index).begin())]
 
     def more(self, event: Event) -> list[JSON]:
         if isinstance(event, Delta):
-            logprobs = chat_logprobs(event.tokens) if self._logprobs else None
-            return [self._choice(event.choice, {"content": event.text}, logprobs)]
+            return self._deltas(event.choice, self._message(event.choice).push(event))
         if isinstance(event, ChoiceEnd):
-            return [self._choice(event.choice, {}, finish_reason=event.finish_reason)]
+            deltas, finish_reason = self._message(event.choice).end(event.finish_reason)
+            return [*self._deltas(event.choice, deltas), self._choice(event.choice, {}, finish_reason=finish_reason)]
         return []
+
+    def _message(self, index: int) -> MessageWriter:
+        if index not in self._messages:
+            self._messages[index] = self._new_message()
+        return self._messages[index]
+
+    def _deltas(self, index: int, deltas: Iterable[MessageDelta]) -> list[JSON]:
+        return [
+            self._choice(
+                index, delta.members, chat_logprobs(delta.tokens) if self._logprobs and "content" in delta.members else None
+            )
+            for delta in deltas
+        ]
 
     def _choice(self, index: int, delta: JSON, logprobs: JSON = None, finish_reason: str | None = None) -> JSON:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def chat_choice(choice: Choice, logprobs: bool = False) -> JSON:
-    """A choice of a whole chat."""
+def chat_choice(choice: Choice, logprobs: bool = False, message: MessageWriter | None = None) -> JSON:
+    """A choice of a whole chat: what the deltas of its stream come to. `message` writes them."""
+    message = message or MessageWriter()
+    deltas = message.push(Delta(choice.index, choice.text, tuple(choice.tokens)))
+    rest, finish_reason = message.end(choice.finish_reason)
+    members, tokens = assemble([*deltas, *rest])
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": chat_logprobs(choice.tokens) if logprobs else None,
-        "finish_reason": choice.finish_reason,
+        "message": members,
+        "logprobs": chat_logprobs(tokens) if logprobs else None,
+        "finish_reason": finish_reason,
     }
 
 

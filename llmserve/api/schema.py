@@ -35,12 +35,26 @@ from llmserve.api.parameters import (
     check_fields,
     check_model,
 )
+from llmserve.api.tools import (
+    FUNCTION_CALL,
+    FUNCTIONS,
+    TOOL_CHOICE,
+    TOOLS,
+    FunctionDefinition,
+    FunctionName,
+    Tool,
+    ToolChoice,
+    ToolUse,
+    resolve,
+    resolve_legacy,
+)
 from llmserve.engine.generation import GenerationParams, Grammar
 from llmserve.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from llmserve.engine.engine import Engine
 
+_LEGACY_CALL_ID = "call_function"  # calls had no ids then
 _MAX_DEPTH = 64  # of arrays and objects in each other
 
 
@@ -119,13 +133,19 @@ class AssistantMessage(Struct):
     refusal: str | None = optional(String())
     name: str | None = optional(String())
     tool_calls: tuple[ToolCall, ...] = optional(Array(ToolCall), ())
-    function_call: None = optional(Unsupported(Object()))
+    function_call: FunctionCall | None = optional(FunctionCall)
+    reasoning_content: str | None = optional(String())
     audio: None = optional(Unsupported(Object()))
 
     def for_template(self) -> dict[str, JSON]:
         message = _named({"role": "assistant", "content": _text(self.content) or self.refusal or ""}, self.name)
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        elif self.function_call is not None:
+            call = {"id": _LEGACY_CALL_ID, "type": "function", "function": self.function_call.for_template()}
+            message["tool_calls"] = [call]
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
         return message
 
 
@@ -140,9 +160,20 @@ class ToolMessage(Struct):
         return _named(message, self.name)
 
 
-Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+class FunctionMessage(Struct):
+    """A result of the older `function_call`."""
 
-_MESSAGE = Tagged(
+    role: str = required(String())
+    content: Content = required(Nullable(_TEXT))
+    name: str = required(String(min_length=1))
+
+    def for_template(self) -> dict[str, JSON]:
+        return {"role": "tool", "content": _text(self.content), "tool_call_id": _LEGACY_CALL_ID, "name": self.name}
+
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
+
+MESSAGE = Tagged(
     "role",
     {
         "system": SystemMessage,
@@ -150,6 +181,7 @@ _MESSAGE = Tagged(
         "user": UserMessage,
         "assistant": AssistantMessage,
         "tool": ToolMessage,
+        "function": FunctionMessage,
     },
 )
 
@@ -157,7 +189,7 @@ _MESSAGE = Tagged(
 class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions: what is honoured, what is only checked, what is refused."""
 
-    messages: tuple[Message, ...] = required(Array(_MESSAGE, min_length=1))
+    messages: tuple[Message, ...] = required(Array(MESSAGE, min_length=1))
     max_completion_tokens: int | None = optional(Integer(1, INT32_MAX))
     logprobs: bool = optional(Boolean(), False)
     top_logprobs: int | None = optional(Integer(0, 20))
@@ -166,20 +198,21 @@ class ChatRequest(GenerationFields):
     add_generation_prompt: bool = optional(Boolean(), True)
     chat_template_kwargs: dict[str, JSON] = optional(Object(), {})
 
+    tools: tuple[Tool, ...] = optional(TOOLS, ())
+    tool_choice: ToolChoice | None = optional(TOOL_CHOICE)
+    parallel_tool_calls: bool = optional(Boolean(), True)
+    functions: tuple[FunctionDefinition, ...] = optional(FUNCTIONS, ())
+    function_call: str | FunctionName | None = optional(FUNCTION_CALL)
+
     safety_identifier: str | None = optional(String())
     prompt_cache_key: str | None = optional(String())
     prompt_cache_retention: str | None = optional(OneOf(("in_memory", "in-memory", "24h")))
     prompt_cache_options: dict[str, JSON] | None = optional(Object())
     store: bool = optional(Boolean(), False)
     prediction: dict[str, JSON] | None = optional(Object())
-    parallel_tool_calls: bool = optional(Boolean(), True)
     reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     verbosity: str | None = optional(OneOf(("low", "medium", "high")))
 
-    tools: None = optional(Unsupported(Array(Object()), ([],)))
-    tool_choice: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
-    functions: None = optional(Unsupported(Array(Object()), ([],)))
-    function_call: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
     modalities: None = optional(Unsupported(Array(OneOf(("text", "audio"))), (["text"],)))
     audio: None = optional(Unsupported(Object()))
     web_search_options: None = optional(Unsupported(Object()))
@@ -204,6 +237,12 @@ class ChatRequest(GenerationFields):
             schema = json.dumps(self.response_format.json_schema.schema, ensure_ascii=False)
             guides.insert(0, Guide("response_format.json_schema.schema", Grammar("json_schema", schema)))
         return guides
+
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidParameter."""
+        if not self.tools and (self.functions or self.function_call is not None):
+            return resolve_legacy(self.functions, self.function_call)
+        return resolve(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -234,7 +273,21 @@ def parse_chat(body: dict[str, JSON]) -> tuple[ChatRequest, list[str]]:
     if chat.continue_final_message and not (isinstance(last, AssistantMessage) and _text(last.content) and not last.tool_calls):
         message = "With 'continue_final_message' the last message must be an assistant's, with text and without tool calls."
         raise InvalidParameter(message, param="continue_final_message")
+    _check_results(chat.messages)
     return chat, ignored
+
+
+def _check_results(messages: tuple[Message, ...]) -> None:
+    """Raises InvalidParameter for a tool's result that no call asked for."""
+    asked = False
+    for index, message in enumerate(messages):
+        if isinstance(message, ToolMessage) and not asked:
+            raise InvalidParameter(
+                "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'.",
+                param=f"messages.[{index}].role",
+                code=None,
+            )
+        asked = isinstance(message, ToolMessage) or (isinstance(message, AssistantMessage) and bool(message.tool_calls))
 
 
 def parse_json(text: str) -> JSON:

@@ -12,16 +12,27 @@ from llmserve.api.context import Context, Request
 from llmserve.api.responses import Response, json_response
 
 CHAT = "llmserve.api.chat:create"
+EMBEDDINGS = "llmserve.api.embeddings:create"
+TOKENIZE = "llmserve.api.tokens:tokenize"
+DETOKENIZE = "llmserve.api.tokens:detokenize"
+APPLY_TEMPLATE = "llmserve.api.tokens:apply_template"
+DOCS = "llmserve.api.openapi:docs"
 COMPLETIONS = "llmserve.api.completions:create"
 ACT = "llmserve.api.models:act"
 
 URLS = Map(
     [
         Rule("/", methods=["GET"], endpoint="llmserve.api.urls:index"),
+        Rule("/openapi.json", methods=["GET"], endpoint="llmserve.api.openapi:serve"),
+        Rule("/docs", methods=["GET"], endpoint=DOCS),
         Rule("/health", methods=["GET"], endpoint="llmserve.api.ops:health"),
         Rule("/livez", methods=["GET"], endpoint="llmserve.api.ops:livez"),
         Rule("/readyz", methods=["GET"], endpoint="llmserve.api.ops:readyz"),
         Rule("/v1/chat/completions", methods=["POST"], endpoint=CHAT),
+        Rule("/v1/embeddings", methods=["POST"], endpoint=EMBEDDINGS),
+        Rule("/tokenize", methods=["POST"], endpoint=TOKENIZE),
+        Rule("/detokenize", methods=["POST"], endpoint=DETOKENIZE),
+        Rule("/apply-template", methods=["POST"], endpoint=APPLY_TEMPLATE),
         Rule("/v1/completions", methods=["POST"], endpoint=COMPLETIONS),
         Rule("/v1/models", methods=["GET"], endpoint="llmserve.api.models:index"),
         Rule("/v1/models/<path:name>", methods=["GET"], endpoint="llmserve.api.models:retrieve"),
@@ -31,7 +42,7 @@ URLS = Map(
     merge_slashes=False,
 )
 
-LONG = frozenset({CHAT, COMPLETIONS, ACT})
+LONG = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE, APPLY_TEMPLATE, ACT})
 """Endpoints that may take long: they pass the gate that keeps threads free for the others."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
+Vector = NDArray[np.float32]
 
 
 class Backend(Protocol):
@@ -91,6 +92,17 @@ class BatchBackend(Protocol):
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` hold what `source` holds, and nothing else."""
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+
+
+class Embedder(Protocol):
+    """What makes a vector of a text. Not thread-safe: one thread of an engine owns it."""
+
+    def embed(self, token_ids: Sequence[int], threads: int) -> Vector:
+        """The pooled vector, shape (dimensions,), of any length. Releases the GIL. Raises RuntimeError when the library fails."""
+        ...
 
     def close(self) -> None:
         """Free everything. Idempotent."""

@@ -20,6 +20,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llmserve.engine import tool_prompts
+from llmserve.engine.tool_prompts import ToolSupport
 from llmserve.errors import ModelFileError, TemplateError
 
 JSON = Any
@@ -46,6 +48,13 @@ class Control:
 
 
 Segment = Text | Control
+
+
+def _join_segments(first: Sequence[Segment], second: Sequence[Segment]) -> tuple[Segment, ...]:
+    """One prompt of two parts, no two texts in a row."""
+    if first and second and isinstance(first[-1], Text) and isinstance(second[0], Text):
+        return (*first[:-1], Text(first[-1].text + second[0].text), *second[1:])
+    return (*first, *second)
 
 
 class ChatTemplate:
@@ -76,6 +85,7 @@ class ChatTemplate:
         """
         self._template = None if source is None else _compile(source, special)
         self._guard = _Guard(control_texts, source or "")
+        self.tools = ToolSupport() if source is None else tool_prompts.probe(source, self._render_text)
 
     def render(
         self, messages: Sequence[Mapping[str, JSON]], *, add_generation_prompt: bool = True, **variables: JSON
@@ -95,6 +105,13 @@ class ChatTemplate:
         except Exception as error:  # templates can raise anything: TypeError, UndefinedError, SecurityError, RecursionError
             reason = _without(mark, str(error) or type(error).__name__)
             raise TemplateError(f"The chat template failed: {reason.rstrip('.')}.") from error
+
+    def extend(self, segments: Sequence[Segment], text: str) -> tuple[Segment, ...]:
+        """A prompt that goes on with a text as if the template had written it."""
+        return _join_segments(segments, self._guard.split(text, ""))
+
+    def _render_text(self, messages: Sequence[Mapping[str, JSON]], **variables: JSON) -> str:
+        return "".join(segment.text for segment in self.render(messages, **variables))
 
 
 class Literals:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llmserve.engine.backend import Logits
+from llmserve.engine.backend import Logits, Vector
 
 GRID = 32
 """The SIMD step of ggml's f16 dot product (GGML_F16_STEP). A row's attention sum runs over the positions up to its chunk's
@@ -67,6 +67,8 @@ _FUNCTIONS = {
     "batch_eval": ([_MODEL, _INTS, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int], ctypes.c_bool),
     "logits_data": ([_MODEL], ctypes.c_void_p),
     "logits_size": ([_MODEL], ctypes.c_int),
+    "embeddings_data": ([_MODEL], ctypes.c_void_p),
+    "embeddings_size": ([_MODEL], ctypes.c_int),
 }
 
 
@@ -119,6 +121,11 @@ class CTransformersBackend:
             self._view = np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
             self._view_of = address
         return self._view
+
+    def embedding(self) -> Vector:
+        """The last evaluated token's vector behind the last layer's norm, of llama models. A copy."""
+        size = self._call("embeddings_size", self._open())
+        return np.array((ctypes.c_float * size).from_address(self._call("embeddings_data", self._open())), dtype=np.float32)
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text by the library's own tokenizer, without BOS."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, Passes
 from llmserve.engine.constraint import Constraint, Constraints
-from llmserve.engine.generation import Failed, Generation, GenerationEnd, GenerationParams
+from llmserve.engine.generation import Delta, Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.engine.logprobs import PromptScorer, TokenScorer
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
@@ -100,7 +100,9 @@ class Job:
 
 
 class Engine(ABC):
-    """One loaded model with its tokenizer, chat template and slots. Thread-safe."""
+    """One loaded model with its tokenizer, chat template and slots. Thread-safe. `generates`: whether it makes text."""
+
+    generates = True
 
     def __init__(
         self,
@@ -149,17 +151,26 @@ class Engine(ABC):
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens do not fit {self.context_length}")
         constraint = None if params.grammar is None else self._constraints.get(params.grammar)
         job = Job(list(prompt_ids), params, Generation(), submitted=self._clock(), constraint=constraint)
+        return self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> Generation:
         with self._condition:
             if self._closed_with is not None:
                 raise copy(self._closed_with)
             self._drop_cancelled()
             if len(self._running) + len(self._waiting) >= self._num_slots + self._settings.max_waiting:
                 raise self._queue_full()
+            self._publish_opening(job)
             self._waiting.append(job)
             self._dispatch()
         self._statistics.add(requests=1)
         self._statistics.touch()
         return job.generation
+
+    def _publish_opening(self, job: Job) -> None:
+        if job.params.opening:
+            for index in range(job.params.n):
+                job.generation.publish(Delta(index, job.params.opening))
 
     @property
     def load(self) -> EngineLoad:

@@ -50,6 +50,7 @@ class GenerationParams(NamedTuple):
 
     No choice ends within its first `min_tokens`, or with `ignore_eos` by an EOS token; `stop_token_ids` end one like EOS does.
     `logprobs` asks for the scores of the choices' tokens with so many alternatives, and with `prompt_logprobs` for the prompt's too.
+    `opening`: what the prompt ends with and every choice's text begins with: the opener of a block that the template wrote.
     """
 
     max_tokens: int
@@ -62,6 +63,7 @@ class GenerationParams(NamedTuple):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    opening: str = ""
 
 
 class TokenScore(NamedTuple):
@@ -101,6 +103,13 @@ class ChoiceEnd(NamedTuple):
     num_output_tokens: int
 
 
+class Embedding(NamedTuple):
+    """The vector of the text at index `choice`, of length 1: little-endian float32."""
+
+    choice: int
+    vector: bytes
+
+
 class GenerationEnd(NamedTuple):
     """The last event of a generation that went well. Times are in seconds."""
 
@@ -117,7 +126,7 @@ class Failed(NamedTuple):
     error: APIError
 
 
-Event = PromptScores | Delta | ChoiceEnd | GenerationEnd | Failed
+Event = PromptScores | Delta | ChoiceEnd | Embedding | GenerationEnd | Failed
 
 
 class Generation:

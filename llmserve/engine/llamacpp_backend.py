@@ -68,7 +68,7 @@ class LlamaCppBackend:
         self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
         if not self._model:
             raise _refusal()
-        self._context = library.llama_init_from_model(self._model, _context_params(self, settings))
+        self._context = library.llama_init_from_model(self._model, self._params(settings))
         if not self._context:
             self.close()
             raise _refusal()
@@ -142,6 +142,10 @@ class LlamaCppBackend:
         if self._model:
             library.llama_model_free(self._model)
         self._context = self._model = None
+
+    def _params(self, settings: LlamaCppSettings) -> Any:
+        """Of the context; a subclass may have others."""
+        return _context_params(self, settings)
 
     def _open(self) -> _Context:
         if not self._context:

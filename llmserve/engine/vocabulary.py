@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from llmserve.engine.gguf import Strings
+from llmserve.engine.output_parser import MARKERS
 from llmserve.errors import ModelFileError
 
 Metadata = Mapping[str, Any]
@@ -45,7 +46,8 @@ class Pieces(Sequence[bytes]):
 class Vocabulary:
     """A model's tokens. `control_texts` are those that no text becomes, `user_texts` those that any text may hold whole.
 
-    A piece has the exact bytes of its token, none for tokens that are no text. EOS ids end a text or a turn.
+    A piece has the exact bytes of its token, none for tokens that are no text; what marks tool calls and reasoning in an answer
+    is text. EOS ids end a text or a turn.
     """
 
     pieces: Pieces
@@ -89,6 +91,8 @@ class Vocabulary:
     ) -> Vocabulary:
         """Of a GGUF file, as its library reads it: that one finds user-defined tokens in a text by itself. Raises ModelFileError."""
         controls = {text: token_id for token_id, (text, kind) in enumerate(_tokens(metadata)) if kind in (_CONTROL, _UNKNOWN)}
+        shown = {controls[text]: text.encode() for text in MARKERS if text in controls}
+        pieces = (shown.get(token_id, piece) for token_id, piece in enumerate(pieces))
         return cls(Pieces(pieces), controls, {}, frozenset(ends), bos_token_id, add_bos)
 
 
@@ -186,7 +190,7 @@ def _special_id(metadata: Metadata, key: str) -> int | None:
 
 def _bpe_piece(text: str, token_type: int) -> bytes:
     if token_type in _SILENT:
-        return b""
+        return _silent_piece(text)
     if token_type != _USER_DEFINED:
         try:
             return text.translate(_BYTES).encode("latin-1")
@@ -195,9 +199,13 @@ def _bpe_piece(text: str, token_type: int) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
+def _silent_piece(text: str) -> bytes:
+    return text.encode() if text in MARKERS else b""
+
+
 def _spm_piece(text: str, token_type: int) -> bytes:
     if token_type in _SILENT:
-        return b""
+        return _silent_piece(text)
     if token_type == _BYTE and (match := re.fullmatch("<0x([0-9A-F]{2})>", text)):
         return bytes.fromhex(match[1])
     return text.replace("▁", " ").encode(errors="surrogateescape")

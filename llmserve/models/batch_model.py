@@ -18,8 +18,9 @@ from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
-from llmserve.models import probe
+from llmserve.models import embed_model, probe
 from llmserve.models.common import choose_context_length, make_chat_template
+from llmserve.models.embed_model import PreparedEmbeddings
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
@@ -30,24 +31,31 @@ _SHORTEST_BATCH = 64
 """Tokens of a pass that any configuration has room for, so that a lone sequence can be given a long draft."""
 
 
-def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget) -> PreparedBatch:
+def prepare(
+    spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget
+) -> PreparedBatch | PreparedEmbeddings:
     """Check and probe a GGUF file. Raises ModelFileError."""
     header = gguf.read(source)
     architecture = header.get("general.architecture", str) or ""
     context_length = choose_context_length(spec, source, header.get(f"{architecture}.context_length", int) or 0)
+    if embed_model.is_wanted(spec, header):
+        repack = _probe(
+            source, context_length, cache_dir, engine="llamacpp-embeddings", pooling=embed_model.choose_pooling(spec, header)
+        )
+        return embed_model.on_llamacpp(spec, source, header, context_length, repack, reason, budget)
     repack = _probe(source, context_length, cache_dir)
     return PreparedBatch(spec, source, header, context_length, repack, reason, budget)
 
 
-def _probe(path: Path, context_length: int, cache_dir: Path) -> bool:
+def _probe(path: Path, context_length: int, cache_dir: Path, engine: str = "llamacpp", pooling: str = "") -> bool:
     """Whether the library can open the file with its weights repacked, which on some machines it cannot, or only without.
 
     Raises ModelFileError.
     """
     try:
-        probe.probe(path, Trial("llamacpp", context_length, repack=True), cache_dir)
+        probe.probe(path, Trial(engine, context_length, pooling, repack=True), cache_dir)
     except ModelFileError as error:
-        probe.probe(path, Trial("llamacpp", context_length, repack=False), cache_dir)
+        probe.probe(path, Trial(engine, context_length, pooling, repack=False), cache_dir)
         log.warning("%s It can without repacked weights, and is opened so.", error)
         return False
     return True
@@ -79,7 +87,7 @@ class PreparedBatch:
         except RuntimeError as error:
             raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
         try:
-            tokenizer = _tokenizer(self.header, backend)
+            tokenizer = make_tokenizer(self.header, backend)
             return BatchEngine(
                 info=self._info(),
                 backend=backend,
@@ -146,7 +154,7 @@ def _numbers(value: object, count: int) -> tuple[int, ...]:
     return tuple(map(_number, value)) if isinstance(value, tuple) else (_number(value),) * count
 
 
-def _tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokenizer:
+def make_tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokenizer:
     vocabulary = Vocabulary.from_library(
         header.metadata,
         pieces=map(backend.piece, range(backend.vocab_size)),

@@ -14,6 +14,7 @@ from llmserve.models import sources
 
 if TYPE_CHECKING:
     from llmserve.models.batch_model import PreparedBatch
+    from llmserve.models.embed_model import PreparedEmbeddings
     from llmserve.models.slot_model import PreparedSlots
 
 
@@ -24,7 +25,7 @@ class Loader:
         self._cache_dir = Path(server.cache_dir)
         self._budget = ComputeBudget(server.cores or _num_cores())
 
-    def prepare(self, spec: ModelSpec) -> PreparedBatch | PreparedSlots:
+    def prepare(self, spec: ModelSpec) -> PreparedBatch | PreparedSlots | PreparedEmbeddings:
         """Fetch, check, adapt and probe the model's file. Slow on the first time. Raises ModelFileError."""
         engine, reason = choose_engine(spec, has_llamacpp())
         source = sources.fetch(spec, self._cache_dir)

@@ -126,13 +126,35 @@ def _try_llamacpp(path: Path, trial: Trial) -> str:
     return ""
 
 
+def _try_llamacpp_embeddings(path: Path, trial: Trial) -> str:
+    """What goes wrong, if anything, with the vector of a short text. The trial's model type is the pooling."""
+    logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
+    from llmserve.engine.llamacpp_backend import LlamaCppSettings
+    from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
+
+    try:
+        embedder = LlamaCppEmbedder(path, trial.context_length, trial.model_type, LlamaCppSettings(repack=trial.repack))
+        vector = embedder.embed([min(1, embedder.vocab_size - 1)] * min(8, trial.context_length), 1)
+    except RuntimeError as error:
+        return str(error)
+    return "" if _finite(vector) else _NOT_FINITE
+
+
 def _finite(logits: Logits) -> bool:
     return bool((abs(logits) < float("inf")).all())
 
 
 _NOT_FINITE = "its scores are not finite numbers"
-_DISTRIBUTIONS = {"ctransformers": "ctransformers", "llamacpp": "llama_cpp_python"}
-_TRIALS = {"ctransformers": _try_ctransformers, "llamacpp": _try_llamacpp}
+_DISTRIBUTIONS = {
+    "ctransformers": "ctransformers",
+    "llamacpp": "llama_cpp_python",
+    "llamacpp-embeddings": "llama_cpp_python",
+}
+_TRIALS = {
+    "ctransformers": _try_ctransformers,
+    "llamacpp": _try_llamacpp,
+    "llamacpp-embeddings": _try_llamacpp_embeddings,
+}
 
 if __name__ == "__main__":
     _main(sys.argv[1])

@@ -17,8 +17,9 @@ from llmserve.engine.slot_engine import SlotEngine
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer
 from llmserve.errors import ModelFileError
-from llmserve.models import adapt, ggml, probe
+from llmserve.models import adapt, embed_model, ggml, probe
 from llmserve.models.common import choose_context_length, make_chat_template
+from llmserve.models.embed_model import PreparedEmbeddings
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
@@ -26,10 +27,16 @@ _BYTES_PER_KV_VALUE = 2  # float16
 _LONGEST_CHUNK = 512  # tokens; ctransformers has buffers for so many (llama.cpp's n_batch) and aborts beyond
 
 
-def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget) -> PreparedSlots:
+def prepare(
+    spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget
+) -> PreparedSlots | PreparedEmbeddings:
     """Check, adapt and probe a file. Slow on the first time. Raises ModelFileError."""
     path, facts = (source, _ggml_facts(spec, source)) if spec.model_type else _adapted(spec, source, cache_dir)
     probe.probe(path, Trial("ctransformers", facts.context_length, facts.library_type), cache_dir)
+    if spec.task == "embed":
+        if facts.header is None:
+            raise ModelFileError("ctransformers gives vectors of llama models in GGUF files only.")
+        return embed_model.on_ctransformers(spec, source, path, facts.header, facts.context_length, reason, budget)
     return PreparedSlots(spec, path, facts, identity(source), reason, budget)
 
 
@@ -126,6 +133,10 @@ def _ggml_facts(spec: ModelSpec, path: Path) -> _Facts:
     context_length = choose_context_length(spec, path, file.context_length)
     kv_cache_bytes = file.kv_cache_bytes(context_length)
     return _Facts(None, file.library_type, context_length, spec.slots * file.size, spec.slots * kv_cache_bytes)
+
+
+def make_tokenizer(header: GGUFFile, backend: CTransformersBackend) -> Tokenizer:
+    return _bpe_tokenizer(header) or _library_tokenizer(header, backend)
 
 
 def _bpe_tokenizer(header: GGUFFile | None) -> Tokenizer | None:

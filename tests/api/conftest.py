@@ -60,10 +60,12 @@ class Served:
 
 
 @contextmanager
-def serving(reply=babble, *, template=TEMPLATE, **server):
-    """`server` are keys of [server]. At the end the slot must be free, and whatever was opened is closed."""
-    config = Config(ServerConfig(**server), models=(ModelSpec(MODEL, "none", aliases=(ALIAS,), load="on_demand"),))
-    loader = FakeLoader(reply, template=template)
+def serving(reply=babble, *, template=TEMPLATE, context_length=256, model=None, **server):
+    """`server` are keys of [server], `model` others of [[models]]. At the end the slot must be free, and whatever was opened is closed."""
+    config = Config(
+        ServerConfig(**server), models=(ModelSpec(MODEL, "none", aliases=(ALIAS,), load="on_demand", **(model or {})),)
+    )
+    loader = FakeLoader(reply, context_length=context_length, template=template)
     registry = ModelRegistry(config.models, lambda: loader)
     app = create_app(config, registry=registry)
     try:

@@ -59,6 +59,18 @@ def test_named_hosts_are_all_that_is_allowed_also_beyond_loopback():
         check(request(Host="other.example"), bind="0.0.0.0:80", allowed_hosts=("llm.example",))
 
 
+@pytest.mark.parametrize(
+    ("binds", "refused"), [(["127.0.0.1:1"], True), (["[::1]:1", "0.0.0.0:1"], False), (["unix:/x"], False)]
+)
+def test_where_the_server_really_listens_counts(binds, refused):
+    access = Access(ServerConfig(bind="0.0.0.0:8080" if refused else "127.0.0.1:8080"), binds)
+    if refused:
+        with pytest.raises(ForbiddenHost):
+            access.check(request(Host="evil.example"))
+    else:
+        access.check(request(Host="evil.example"))
+
+
 def test_a_request_without_a_host_comes_from_no_browser():
     plain = request()
     del plain.environ["HTTP_HOST"]

@@ -4,7 +4,7 @@ import pytest
 
 from llmserve.api.schema import ChatRequest, parse_chat, parse_json
 from llmserve.engine.generation import SamplingParams
-from llmserve.errors import InvalidRequest
+from llmserve.errors import InvalidParameter, InvalidRequest
 
 
 def parse(**parameters) -> ChatRequest:
@@ -80,8 +80,7 @@ class TestParameters:
             {"top_logprobs": 0},
             {"logit_bias": {}},
             {"response_format": {"type": "text"}},
-            {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
-            {"tool_choice": "none", "functions": [], "function_call": "none"},
+            {"tools": [], "parallel_tool_calls": True, "functions": []},
             {"modalities": ["text"]},
         ],
     )
@@ -142,7 +141,25 @@ class TestMessages:
         assert for_template({"role": "user", "content": "x", "name": "Ann"})[0]["name"] == "Ann"
 
     def test_a_tools_answer_names_its_call(self):
+        call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
         message = {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+        assert for_template({"role": "assistant", "tool_calls": [call]}, message, message)[1:] == [message, message]
+
+    @pytest.mark.parametrize("before", [[], [{"role": "user", "content": "?"}], [{"role": "assistant", "content": "4"}]])
+    def test_a_tools_answer_follows_a_call(self, before):
+        with pytest.raises(InvalidParameter) as caught:
+            for_template(*before, {"role": "tool", "content": "4", "tool_call_id": "call_1"})
+        assert (caught.value.param, caught.value.code) == (f"messages.[{len(before)}].role", None)
+        assert "must be a response to a preceeding message with 'tool_calls'" in caught.value.message
+
+    def test_the_older_function_call_and_its_result_are_a_tools(self):
+        call = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}
+        said, result = for_template(call, {"role": "function", "name": "add", "content": "4"})
+        assert said["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+        assert result == {"role": "tool", "name": "add", "content": "4", "tool_call_id": said["tool_calls"][0]["id"]}
+
+    def test_reasoning_is_given_back_to_the_template(self):
+        message = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
         assert for_template(message) == [message]
 
     @pytest.mark.parametrize(

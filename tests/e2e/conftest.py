@@ -9,6 +9,7 @@ from llmserve.models.loading import has_llamacpp
 from tests.tiny_models import write_llama_spm
 
 MODEL = harness.MODEL
+EMBEDDER = "tiny-vectors"
 ENGINES = [
     "ctransformers",
     pytest.param("llamacpp", marks=pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")),
@@ -29,6 +30,7 @@ def server(request, tmp_path_factory):
     config = harness.model_table(aliases=["gpt-3.5-turbo", "gpt-4"], engine=request.param) + harness.table(
         id="org/tiny", source=str(tiny), load="on_demand", engine=request.param
     )
+    config += harness.table(id=EMBEDDER, source=str(tiny), load="on_demand", engine=request.param, task="embed")
     with harness.llmserve(config, log=folder / "log") as running:
         yield running
 

@@ -1,0 +1,132 @@
+"""POST /v1/embeddings: texts or token ids in, one vector for each out."""
+
+from __future__ import annotations
+
+import base64
+from copy import copy
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from llmserve.api import JSON, body, flow
+from llmserve.api.connection import LOOK_INTERVAL, Watch
+from llmserve.api.context import Context, Request
+from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, required
+from llmserve.api.parameters import INT32_MAX, check_model, check_token_ids
+from llmserve.api.responses import Response, ignored_header, json_response
+from llmserve.engine.generation import Embedding, Failed, Generation, GenerationEnd
+from llmserve.errors import ContextLengthExceeded, InvalidParameter
+
+if TYPE_CHECKING:
+    from llmserve.engine.embedding_engine import EmbeddingEngine
+    from llmserve.engine.engine import Engine
+
+_MAX_TEXTS = 2048
+_MAX_TOKENS = 300_000  # of all texts together
+
+
+class EmbeddingsRequest(Struct):
+    """The body of POST /v1/embeddings."""
+
+    model: str = required(String())
+    input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX))
+    encoding_format: str = optional(OneOf(("float", "base64")), "float")
+    dimensions: int | None = optional(Integer(1, INT32_MAX))
+    user: str | None = optional(String())
+
+
+def create(ctx: Context, request: Request) -> Response:
+    """The vectors of all texts, in their order."""
+    server = ctx.config.server
+    parsed = body.parse_object(body.read(request, server.max_body_size))
+    check_model(parsed)
+    ignored: list[str] = []
+    asked = EmbeddingsRequest.parse(parsed, "", ignored)
+    model_id = ctx.registry.resolve(asked.model).id
+    request.record.model = model_id
+    watch = Watch(request.environ, request.received + server.request_timeout)
+    with ctx.registry.use(model_id, watch) as engine:
+        embedding_engine = _embedding_engine(engine, model_id)
+        generation = embedding_engine.embed(_encode(embedding_engine, asked.input))
+    try:
+        vectors, end = _read(generation, watch)
+    finally:
+        generation.close()
+    data = [{"object": "embedding", "index": index, "embedding": _write(vector, asked)} for index, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": end.num_prompt_tokens, "total_tokens": end.num_prompt_tokens}
+    return json_response({"object": "list", "data": data, "model": model_id, "usage": usage}, headers=ignored_header(ignored))
+
+
+def _embedding_engine(engine: Engine, model_id: str) -> EmbeddingEngine:
+    if engine.generates:
+        raise InvalidParameter(
+            f'The model `{model_id}` makes text. A [[models]] table with task = "embed" would make vectors of its file.',
+            param="model",
+            code="unsupported_value",
+        )
+    return cast("EmbeddingEngine", engine)
+
+
+def _encode(engine: EmbeddingEngine, texts: tuple[str | tuple[int, ...], ...]) -> list[list[int]]:
+    """Token ids of each text. Raises InvalidParameter, and ContextLengthExceeded for one that is too long."""
+    encoded: list[list[int]] = []
+    for index, text in enumerate(texts):
+        path = f"input[{index}]" if len(texts) > 1 else "input"
+        encoded.append(_encode_one(engine, text, path))
+        if sum(map(len, encoded)) > _MAX_TOKENS:
+            raise InvalidParameter(f"The inputs have more than {_MAX_TOKENS} tokens together.", param="input")
+    return encoded
+
+
+def _encode_one(engine: EmbeddingEngine, text: str | tuple[int, ...], path: str) -> list[int]:
+    if text == "":
+        raise InvalidParameter(f"Invalid '{path}': empty string.", param=path, code="empty_string")
+    if isinstance(text, str):
+        flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, "input", "at least ")
+        token_ids = engine.encode(text)
+    else:
+        token_ids = list(text)
+        check_token_ids(token_ids, engine.tokenizer.vocab_size, path)
+    if len(token_ids) > engine.context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {engine.context_length} tokens. However, your input resulted in "
+            f"{len(token_ids)} tokens. Please reduce the length of the input.",
+            param=path,
+        )
+    if not token_ids:
+        raise InvalidParameter(f"Invalid '{path}': the text has no token of this model.", param=path)
+    return token_ids
+
+
+def _read(generation: Generation, watch: Watch) -> tuple[list[bytes], GenerationEnd]:
+    """All vectors. Raises what ends them early."""
+    vectors: list[bytes] = []
+    cursor = 0
+    while True:
+        events = generation.read(cursor, LOOK_INTERVAL)
+        cursor += len(events)
+        for event in events:
+            if isinstance(event, Embedding):
+                vectors.append(event.vector)
+            elif isinstance(event, GenerationEnd):
+                return vectors, event
+            elif isinstance(event, Failed):
+                raise copy(event.error)
+        watch()
+
+
+def _write(vector: bytes, asked: EmbeddingsRequest) -> JSON:
+    """As floats or base64 of them; fewer dimensions are the first ones, at length 1 again."""
+    values = np.frombuffer(vector, "<f4")
+    if asked.dimensions is not None:
+        if asked.dimensions > len(values):
+            raise InvalidParameter(
+                f"Invalid 'dimensions': the model's vectors have {len(values)} dimensions. Expected a value <= {len(values)}, "
+                f"but got {asked.dimensions} instead.",
+                param="dimensions",
+                code="integer_above_max_value",
+            )
+        values = values[: asked.dimensions]
+        length = np.linalg.norm(values.astype(np.float64))
+        values = values if length == 0 else (values / length).astype("<f4")
+    return base64.b64encode(values.tobytes()).decode() if asked.encoding_format == "base64" else values.tolist()

@@ -1,0 +1,311 @@
+"""GET /openapi.json and /docs: this API described by the very parsers that check its requests."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from llmserve import __version__
+from llmserve.api import JSON, fields, urls
+from llmserve.api.completions import CompletionRequest
+from llmserve.api.context import Context, Request
+from llmserve.api.embeddings import EmbeddingsRequest
+from llmserve.api.fields import Field, Parser, Struct
+from llmserve.api.responses import Response, json_response
+from llmserve.api.schema import ChatRequest
+from llmserve.api.tokens import DetokenizeRequest, TokenizeRequest
+
+_BODIES: Mapping[str, type[Struct]] = {
+    urls.CHAT: ChatRequest,
+    urls.COMPLETIONS: CompletionRequest,
+    urls.EMBEDDINGS: EmbeddingsRequest,
+    urls.TOKENIZE: TokenizeRequest,
+    urls.DETOKENIZE: DetokenizeRequest,
+    urls.APPLY_TEMPLATE: ChatRequest,
+}
+
+_STRING: JSON = {"type": "string"}
+_INTEGER: JSON = {"type": "integer"}
+_NULLABLE_STRING: JSON = {"type": ["string", "null"]}
+
+
+def _object(**properties: JSON) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(item: JSON) -> JSON:
+    return {"type": "array", "items": item}
+
+
+_ERROR = _object(error=_object(message=_STRING, type=_STRING, param=_NULLABLE_STRING, code=_NULLABLE_STRING))
+_USAGE = _object(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
+_MESSAGE = _object(role={"const": "assistant"}, content=_NULLABLE_STRING, refusal=_NULLABLE_STRING)
+_CHOICE = _object(index=_INTEGER, message=_MESSAGE, logprobs={"type": ["object", "null"]}, finish_reason=_STRING)
+_VECTOR = {"anyOf": [_list({"type": "number"}), _STRING]}
+_ANSWERS: Mapping[str, JSON] = {
+    urls.CHAT: _object(
+        id=_STRING, object={"const": "chat.completion"}, created=_INTEGER, model=_STRING, choices=_list(_CHOICE), usage=_USAGE
+    ),
+    urls.COMPLETIONS: _object(
+        id=_STRING,
+        object={"const": "text_completion"},
+        created=_INTEGER,
+        model=_STRING,
+        choices=_list(_object(index=_INTEGER, text=_STRING, logprobs={"type": ["object", "null"]}, finish_reason=_STRING)),
+        usage=_USAGE,
+    ),
+    urls.EMBEDDINGS: _object(
+        object={"const": "list"},
+        data=_list(_object(object={"const": "embedding"}, index=_INTEGER, embedding=_VECTOR)),
+        model=_STRING,
+        usage=_USAGE,
+    ),
+    urls.TOKENIZE: _object(tokens=_list(_INTEGER), count=_INTEGER, max_model_len=_INTEGER),
+    urls.DETOKENIZE: _object(prompt=_STRING, content=_STRING),
+    urls.APPLY_TEMPLATE: _object(prompt=_STRING),
+}
+_STREAMING = frozenset({urls.CHAT, urls.COMPLETIONS})
+_OUTCOMES = ("400", "401", "403", "404", "405", "413", "415", "500", "503", "504")
+
+
+def serve(ctx: Context, request: Request) -> Response:
+    """This API, as an OpenAPI document."""
+    return json_response(document())
+
+
+def docs(ctx: Context, request: Request) -> Response:
+    """This API, for people."""
+    page = _page().encode()
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    headers = [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Length", str(len(page))),
+        ("Content-Security-Policy", policy),
+    ]
+    return Response([page], 200, headers)
+
+
+@cache
+def document() -> dict[str, JSON]:
+    """OpenAPI 3.1."""
+    structs: dict[str, JSON] = {}
+    paths: dict[str, dict[str, JSON]] = {}
+    for path, method, endpoint in _operations():
+        paths.setdefault(path, {})[method.lower()] = _operation(path, endpoint, structs)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "LLM Inference Server",
+            "version": __version__,
+            "description": "OpenAI's API, served by llmserve. Fields that are not described are accepted, and named in X-LLMServe-Ignored.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": structs | {"Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _operations() -> Iterator[tuple[str, str, str]]:
+    """Path, method and endpoint of everything that is served."""
+    for rule in urls.URLS.iter_rules():
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+            yield rule.rule.replace("<path:name>", "{name}"), method, rule.endpoint
+
+
+def _operation(path: str, endpoint: str, structs: dict[str, JSON]) -> dict[str, JSON]:
+    operation: dict[str, JSON] = {"summary": _summary(endpoint), "responses": _responses(endpoint)}
+    if "{name}" in path:
+        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
+    if endpoint == urls.ACT:
+        action = {"type": "string", "enum": ["load", "unload", "reload"]}
+        operation["parameters"].append({"name": "action", "in": "query", "required": True, "schema": action})
+    if endpoint in _BODIES:
+        content = {"application/json": {"schema": schema_of(_BODIES[endpoint], structs)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _summary(endpoint: str) -> str:
+    return (urls.handler(endpoint).__doc__ or "").strip().partition("\n")[0]
+
+
+def _responses(endpoint: str) -> dict[str, JSON]:
+    kind = "text/html" if endpoint == urls.DOCS else "application/json"
+    content: dict[str, JSON] = {kind: {"schema": _ANSWERS.get(endpoint, {})}}
+    if endpoint in _STREAMING:
+        content["text/event-stream"] = {"schema": _STRING}
+    error = {
+        "description": "What is wrong.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    return {"200": {"description": "The answer.", "content": content}} | dict.fromkeys(_OUTCOMES, error)
+
+
+def schema_of(parser: Parser, structs: dict[str, JSON]) -> dict[str, JSON]:
+    """The JSON schema of what a parser takes. The structs that it refers to are added to `structs`."""
+    if isinstance(parser, type) and issubclass(parser, Struct):
+        if parser.__name__ not in structs:
+            structs[parser.__name__] = {}  # it may refer to itself
+            structs[parser.__name__] = _struct(parser, structs)
+        return {"$ref": f"#/components/schemas/{parser.__name__}"}
+    return _SCHEMAS[type(parser)](parser, structs)
+
+
+def _string(parser: fields.String) -> dict[str, JSON]:
+    pattern = {} if parser.pattern is None else {"pattern": f"^{parser.pattern}$"}
+    return {"type": "string"} | _bounds(minLength=parser.min_length or None, maxLength=parser.max_length) | pattern
+
+
+def _array(item: Parser, least: int, most: int | None, structs: dict[str, JSON]) -> dict[str, JSON]:
+    return {"type": "array", "items": schema_of(item, structs)} | _bounds(minItems=least or None, maxItems=most)
+
+
+def _strings(parser: fields.Strings, structs: dict[str, JSON]) -> dict[str, JSON]:
+    key, value = schema_of(parser.key, structs), schema_of(parser.value, structs)
+    return {"type": "object", "maxProperties": parser.max_properties, "propertyNames": key, "additionalProperties": value}
+
+
+def _unsupported(parser: fields.Unsupported, structs: dict[str, JSON]) -> dict[str, JSON]:
+    return {"enum": list(parser.harmless)} if parser.harmless else {"type": "null"}
+
+
+def _tagged(parser: fields.Tagged, structs: dict[str, JSON]) -> dict[str, JSON]:
+    kinds = {kind: each for kind, each in parser.kinds.items() if not isinstance(each, fields.Unsupported)}
+    tags = {kind: {"properties": {parser.tag: {"const": kind}}, "required": [parser.tag]} for kind in kinds}
+    return {"oneOf": [{"allOf": [schema_of(each, structs), tags[kind]]} for kind, each in kinds.items()]}
+
+
+def _prompt_forms(parser: fields.PromptForms, structs: dict[str, JSON]) -> dict[str, JSON]:
+    ids = _array(fields.Integer(0, parser.max_id), 1, None, structs)
+    several = [{"type": "array", "items": item, "minItems": 1, "maxItems": parser.max_prompts} for item in (_STRING, ids)]
+    return {"anyOf": [_STRING, ids, *several]}
+
+
+def _biases(parser: fields.Biases, structs: dict[str, JSON]) -> dict[str, JSON]:
+    bias = {"type": "number", "minimum": -parser.bound, "maximum": parser.bound}
+    return {
+        "type": "object",
+        "maxProperties": parser.max_properties,
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": bias,
+    }
+
+
+_SCHEMAS: Mapping[type, Callable[[Any, dict[str, JSON]], dict[str, JSON]]] = {
+    fields.String: lambda each, _: _string(each),
+    fields.Integer: lambda each, _: {"type": "integer", "minimum": each.minimum, "maximum": each.maximum},
+    fields.Number: lambda each, _: {"type": "number", "minimum": each.minimum, "maximum": each.maximum},
+    fields.Boolean: lambda each, _: {"type": "boolean"},
+    fields.OneOf: lambda each, _: {"type": "string", "enum": list(each.values)},
+    fields.Array: lambda each, structs: _array(each.item, each.min_length, each.max_length, structs),
+    fields.Object: lambda each, _: {"type": "object"},
+    fields.Strings: _strings,
+    fields.Nullable: lambda each, structs: _or_null(schema_of(each.parser, structs)),
+    fields.Either: lambda each, structs: {"anyOf": [schema_of(each.first, structs), schema_of(each.second, structs)]},
+    fields.Unsupported: _unsupported,
+    fields.Tagged: _tagged,
+    fields.PromptForms: _prompt_forms,
+    fields.Biases: _biases,
+}
+
+
+def _struct(struct: type[Struct], structs: dict[str, JSON]) -> dict[str, JSON]:
+    return {
+        "type": "object",
+        "description": (struct.__doc__ or "").strip(),
+        "properties": {name: _member(field, structs) for name, field in struct.declared.items()},
+        "required": [name for name, field in struct.declared.items() if field.default is ...],
+    }
+
+
+def _member(field: Field, structs: dict[str, JSON]) -> dict[str, JSON]:
+    """A member that may be left out may be null as well."""
+    schema = schema_of(field.parser, structs)
+    if field.default is ...:
+        return schema
+    schema = _or_null(schema)
+    return schema if field.default in (None, ()) else schema | {"default": field.default}
+
+
+def _or_null(schema: dict[str, JSON]) -> dict[str, JSON]:
+    if isinstance(schema.get("type"), str) and "enum" not in schema:
+        return schema | {"type": [schema["type"], "null"]} if schema["type"] != "null" else schema
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _bounds(**bounds: int | None) -> dict[str, JSON]:
+    return {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+# The page.
+
+_STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 0; font-size: 1.1rem; font-family: ui-monospace, monospace; }
+h2 b { display: inline-block; min-width: 3.5rem; } p { margin: .3rem 0 .8rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
+border-top: 1px solid var(--line); } code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; } details { margin: .3rem 0; }
+"""
+
+
+@cache
+def _page() -> str:
+    described = document()
+    sections = [
+        _section(method.upper(), path, operation, described["components"]["schemas"])
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    ]
+    info = described["info"]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(info['title'])}</title><style>{_STYLE}</style></head><body><h1>{html.escape(info['title'])}</h1>"
+        f'<p>{html.escape(info["description"])} As a document for programs: <a href="openapi.json">openapi.json</a>.</p>'
+        f"{''.join(sections)}</body></html>"
+    )
+
+
+def _section(method: str, path: str, operation: dict[str, Any], structs: dict[str, Any]) -> str:
+    heading = f"<h2><b>{method}</b> {html.escape(path)}</h2><p>{html.escape(operation['summary'])}</p>"
+    if "requestBody" not in operation:
+        return heading
+    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    struct = structs[name]
+    rows = [
+        f"<tr><td><code>{html.escape(member)}</code></td><td><code>{html.escape(_in_words(schema))}</code></td>"
+        f"<td>{'required' if member in struct['required'] else html.escape(_default(schema))}</td></tr>"
+        for member, schema in struct["properties"].items()
+    ]
+    return f"{heading}<details><summary>Body</summary><table><tr><th>name<th>what it takes<th>default</tr>{''.join(rows)}</table></details>"
+
+
+def _default(schema: dict[str, Any]) -> str:
+    return str(schema["default"]).lower() if isinstance(schema.get("default"), bool) else str(schema.get("default", ""))
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    """A schema in one line."""
+    for combination in ("anyOf", "oneOf"):
+        if combination in schema:
+            return " | ".join(dict.fromkeys(_in_words(each) for each in schema[combination] if each != {"type": "null"}))
+    if "allOf" in schema:
+        tag, const = next(iter(schema["allOf"][1]["properties"].items()))
+        return f"{{{tag}: {const['const']}, …}}"
+    if "enum" in schema:
+        return " | ".join(map(repr, schema["enum"])) or "nothing"
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    kind = schema.get("type", "anything")
+    kind = next((each for each in kind if each != "null"), "null") if isinstance(kind, list) else kind
+    if kind == "array":
+        return f"[{_in_words(schema['items'])}]"
+    if kind == "null":
+        return "not supported"
+    least, most = schema.get("minimum"), schema.get("maximum")
+    return kind if least is None else f"{kind} {least} … {most}"

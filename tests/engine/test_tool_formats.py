@@ -1,0 +1,132 @@
+"""What grammars of calls allow, byte by byte, and that the parser reads it."""
+
+import json
+
+import pytest
+
+from llmserve.engine.constraint import Constraints
+from llmserve.engine.generation import Grammar
+from llmserve.engine.output_parser import CallArguments, CallBegin, OutputParser
+from llmserve.engine.tool_formats import (
+    FORMATS,
+    HERMES,
+    LLAMA_3,
+    MISTRAL,
+    Function,
+    forced_grammar,
+    free_grammar,
+    guided_grammar,
+)
+from tests.fakes import byte_tokenizer
+
+FUNCTIONS = (
+    Function("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
+    Function("now"),
+)
+WEATHER = '{"name": "weather", "arguments": {"city": "Paris"}}'
+NOW = '{"name": "now", "arguments": {}}'
+
+
+@pytest.fixture(scope="module")
+def constraints():
+    return Constraints(byte_tokenizer())
+
+
+def accepts(constraints, grammar, text):
+    """Whether an answer may be this and end here."""
+    constraint = constraints.get(Grammar("lark", grammar)).copy()
+    for byte in text.encode():
+        if constraint.complete or constraint.stuck or not is_allowed(constraint, byte):
+            return False
+        constraint.advance(byte)
+    return constraint.complete or is_allowed(constraint, 256)
+
+
+def is_allowed(constraint, token_id):
+    return bool(constraint._bits[token_id // 8] >> token_id % 8 & 1)
+
+
+@pytest.mark.parametrize(
+    ("form", "parallel", "text", "right"),
+    [
+        (HERMES, True, f"{WEATHER}\n</tool_call>", True),
+        (HERMES, True, f"{WEATHER}\n</tool_call>\n<tool_call>\n{NOW}\n</tool_call>", True),
+        (HERMES, False, f"{WEATHER}\n</tool_call>\n<tool_call>\n{NOW}\n</tool_call>", False),
+        (HERMES, True, f"{WEATHER}\n", False),
+        (HERMES, True, "Hello", False),
+        (HERMES, True, f"{WEATHER}\n</tool_call>".replace("weather", "wether"), False),
+        (HERMES, True, f"{NOW}\n</tool_call>".replace("{}", '{"a": 1}'), False),
+        (HERMES, True, f"{WEATHER}\n</tool_call>".replace('"Paris"', "1"), False),
+        (MISTRAL, True, f"[{WEATHER}, {NOW}]", True),
+        (MISTRAL, False, f"[{WEATHER}]", True),
+        (MISTRAL, False, f"[{WEATHER}, {NOW}]", False),
+        (LLAMA_3, True, f"{WEATHER}; {NOW}".replace("arguments", "parameters"), True),
+        (LLAMA_3, True, WEATHER, False),
+    ],
+)
+def test_a_forced_answer_is_right_calls_and_nothing_else(constraints, form, parallel, text, right):
+    assert accepts(constraints, forced_grammar(form, FUNCTIONS, parallel=parallel), text) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Hello <tool>.", True),
+        ("", True),
+        (f"Well.\n<tool_call>\n{NOW}\n</tool_call>", True),
+        (f"<tool_call>\n{NOW}\n</tool_call>\n<tool_call>\n{WEATHER}\n</tool_call> So.", True),
+        ("<tool_call> is a tag", False),
+        (f"<tool_call>\n{NOW}", False),
+    ],
+)
+def test_a_free_answer_may_be_anything_but_a_wrong_call(constraints, text, right):
+    assert accepts(constraints, free_grammar(HERMES, FUNCTIONS), text) == right
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["f", "a-b_C9"])
+def test_what_is_forced_is_read_as_a_call(constraints, form, name):
+    function = Function(name, "", {"type": "object", "properties": {"x": {"const": "a}]"}}, "required": ["x"]})
+    constraint = constraints.get(Grammar("lark", forced_grammar(form, [function], parallel=False))).copy()
+    text = bytearray()
+    while not constraint.complete:  # there is one way only
+        (token_id,) = (token_id for token_id in range(256) if is_allowed(constraint, token_id))
+        text.append(token_id)
+        constraint.advance(token_id)
+    parser = OutputParser([name], forced=True)
+    begin, *arguments = parser.push(text.decode()) + parser.flush()
+    assert begin == CallBegin(0, name)
+    assert all(isinstance(part, CallArguments) for part in arguments)
+    assert json.loads("".join(part.text for part in arguments)) == {"x": "a}]"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "right"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"b": 1}', False),
+        ({"properties": {"a": {"properties": {"b": {"type": "null"}}}}}, '{"a": {"c": 1}}', False),
+        ({"properties": {"a": {"items": {"properties": {}}}}}, '{"a": [{}]}', True),
+        ({"properties": {}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', True),
+        ({"additionalProperties": True}, '{"b": 1}', True),
+    ],
+)
+def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema, text, right):
+    grammar = forced_grammar(LLAMA_3, [Function("f", "", schema)], parallel=False)
+    assert accepts(constraints, grammar, f'{{"name": "f", "parameters": {text}}}') == right
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "right"),
+    [
+        (HERMES, '{"x": 1}', True),
+        (HERMES, f"<tool_call>\n{NOW}\n</tool_call>", True),
+        (HERMES, "Hello", False),
+        (HERMES, f"{NOW}\n</tool_call>", False),
+        (MISTRAL, f"[TOOL_CALLS][{NOW}]", True),
+        (LLAMA_3, NOW.replace("arguments", "parameters"), True),
+    ],
+)
+def test_an_answer_may_be_of_a_schema_or_a_call(constraints, form, text, right):
+    schema = '{"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false}'
+    assert accepts(constraints, guided_grammar(form, FUNCTIONS, schema, parallel=True), text) == right
