@@ -116,7 +116,7 @@ class TestAnswers:
         assert (answer.status_code, answer.json["error"]["code"]) == (504, "deadline_exceeded")
 
     def test_a_stream_that_takes_too_long_ends_with_an_error_event(self, serve):
-        served = serve(request_timeout=0.1)
+        served = serve(request_timeout=0.6)
         with served.held():
             *_, last = stream(served).text.split("\n\n")[:-1]
         assert payload(last)["error"]["code"] == "deadline_exceeded"
