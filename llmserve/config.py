@@ -134,6 +134,7 @@ class ModelSpec:
     flash_attention: str = _option("auto", _one_of("auto", "on", "off"), "fused attention; llama.cpp only")
     gpu_layers: int = _option(0, _integer(0, 10**4), "layers that a GPU evaluates; llama.cpp only")
     chat_template: str = _option("", _string, "Jinja template, or the path of one, instead of the file's own")
+    isolation: str = _option("thread", _one_of("process", "thread"), "whether its engine has a process of its own")
     load: str = _option("startup", _one_of("startup", "on_demand"), "when it is loaded")
 
     @property
