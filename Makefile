@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: run test fast llamacpp lint cover bench clean
+.PHONY: run test fast faults llamacpp lint cover bench clean
 
 run: $(MARK)                ## the server, with the default model, on 127.0.0.1:8080
 	$(BIN)/llmserve pull
@@ -16,6 +16,9 @@ test: $(MARK)-test          ## every test, with the real model and real clients
 
 fast: $(MARK)-test          ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+faults: $(MARK)-test        ## what the server survives, and a table of it in FAULTS.md
+	FAULTS_REPORT=FAULTS.md $(BIN)/pytest -m faults tests/faults
 
 llamacpp: $(MARK)           ## the other engine; pip compiles it, which takes some minutes the first time
 	$(BIN)/pip install --disable-pip-version-check -e ".[llamacpp]"

@@ -154,7 +154,11 @@ class EngineProcess:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         with process.stdout as output:
-            hang = self._watch(process, output.fileno())
+            try:
+                hang = self._watch(process, output.fileno())
+            except Exception:  # whatever it sent: nobody may be left waiting
+                log.exception("what the process of %s sent could not be handled", self._thread.name)
+                hang = "the server could not follow it"
             process.kill()
             status = process.wait()
             self._output.read(output.fileno())
@@ -206,7 +210,7 @@ class EngineProcess:
                 self._owner.receive(message)
 
     def _end(self, reason: str, *, crashed: bool) -> None:
-        death = EngineDied(f"The model's engine ended while it answered: {reason}. It is started again.", retry_after=1.0)
+        death = EngineDied(f"The model's engine ended: {reason}.", retry_after=1.0)
         with self._lock:
             self._death = death
             owner = None if self._closing else self._owner

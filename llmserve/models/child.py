@@ -1,4 +1,4 @@
-"""python -m llmserve.models.child DESCRIPTOR PARENT: the process of a model's engine."""
+"""python -m llmserve.models.child MODEL DESCRIPTOR PARENT: the process of a model's engine. MODEL is for who reads `ps`."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def _main(descriptor: int, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]))
+    _main(int(sys.argv[2]), int(sys.argv[3]))

@@ -106,7 +106,7 @@ class ProcessModel:
     def _open(self, statistics: StatisticsCounter, model: Model) -> Engine:
         message = Open((model, self.cache_dir), self.budget.cores, log.getEffectiveLevel())
         with ExitStack() as opened:
-            process = opened.enter_context(closing(EngineProcess(model.spec.id, _CHILD, message)))
+            process = opened.enter_context(closing(EngineProcess(model.spec.id, [*_CHILD, model.spec.id], message)))
             own_tokenizer = model.tokenizer()  # while the process loads
             try:
                 vocabulary = process.opened()
