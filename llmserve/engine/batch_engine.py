@@ -229,7 +229,9 @@ class BatchEngine(Engine):
         return batch
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
-        self._forward([self._piece(lane, num_tokens) for lane, num_tokens in batch])
+        pieces = [self._piece(lane, num_tokens) for lane, num_tokens in batch]
+        with self._passes.lease(sum(num_tokens for _, num_tokens in batch)) as threads:
+            self._backend.forward(pieces, threads)
         for index, (lane, num_tokens) in enumerate(batch):
             lane.token_ids += lane.pending[:num_tokens]
             del lane.pending[:num_tokens]
@@ -238,14 +240,6 @@ class BatchEngine(Engine):
 
     def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
         return Piece(lane.number, len(lane.token_ids), lane.pending[:num_tokens], num_tokens == len(lane.pending))
-
-    def _forward(self, pieces: list[Piece]) -> None:
-        """One pass within the compute budget."""
-        threads = self._budget.acquire(at_most=self._budget.cores)
-        try:
-            self._backend.forward(pieces, threads)
-        finally:
-            self._budget.release(threads)
 
     def _sample(self, lane: _Lane, logits: Logits) -> None:
         """Choose the next token of a lane and say what it means."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,7 +203,29 @@ class Lease:
             self._budget._take_back(threads)
 
 
+class Passes:
+    """One model's forward passes: each leases its cores, as many as helped the passes before it. Thread-safe."""
+
+    def __init__(self, budget: ComputeBudget, clock: Callable[[], float] = time.monotonic) -> None:
+        self._budget = budget
+        self._clock = clock
+        self._guard = StallGuard(budget.cores)
+
+    @contextmanager
+    def lease(self, num_tokens: int) -> Iterator[int]:
+        """Wait for cores for one pass of `num_tokens`, and have them within the block: the number of threads it may use."""
+        threads = self._budget.acquire(at_most=self._guard.limit(num_tokens))
+        try:
+            begun = self._clock()
+            yield threads
+            if not self._budget.contended:  # else the other passes' threads would be counted
+                self._guard.observe(num_tokens, threads, self._clock() - begun, count_free_cores(self._budget.cores))
+        finally:
+            self._budget.release(threads)
+
+
 _CALIBRATING_PASSES = 3  # with one thread, when a model is new
+_SHORT = 16  # tokens; passes of no more than these calibrate, longer ones would delay the first answer
 _STALLED = 1.2  # times a single-threaded pass
 _FIRST_PENALTY = 2  # passes
 _LONGEST_PENALTY = 256
@@ -210,7 +233,7 @@ _FORGIVEN_AFTER = 16  # good passes
 
 
 class StallGuard:
-    """How many threads a model's decode passes should use at most while other programs want cores too. Thread-safe.
+    """How many threads a model's passes should use at most while other programs want cores too. Thread-safe.
 
     Threads help only while each has a core to itself. When another program takes one, the others spin until it is given
     back, and a pass takes many times as long as it would with a single thread. Two things tell:
@@ -219,32 +242,33 @@ class StallGuard:
       in two passes running is a program at work, and its cores are left to it.
     - How long a pass took. One that took longer than a single-threaded one has stalled: the next ones use half as many
       threads. How many passes do so doubles with every stall that follows soon, up to a bound; then one tries again.
+      It is the only thing that tells of a host that gives a virtual core to another guest.
     """
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
         self._lock = threading.Lock()
-        self._single_seconds = 0.0  # guarded by _lock: a moving average
-        self._num_calibrating = _CALIBRATING_PASSES  # guarded by _lock
+        self._single: dict[int, _Average] = {}  # guarded by _lock: by the size of a pass, seconds a token with one thread
         self._limit = cores  # guarded by _lock
         self._num_limited = 0  # guarded by _lock: passes until the limit is lifted
         self._penalty = _FIRST_PENALTY  # guarded by _lock: passes
         self._num_good = 0  # guarded by _lock: passes without a limit since the last stall
         self._free_cores = (cores, cores)  # guarded by _lock: left by other programs, in the last two passes
 
-    @property
-    def limit(self) -> int:
-        """Most threads of the next pass."""
+    def limit(self, num_tokens: int) -> int:
+        """Most threads of the next pass, which is of so many tokens."""
         with self._lock:
-            return 1 if self._num_calibrating else max(1, min(self._limit, max(self._free_cores)))
+            if num_tokens <= _SHORT and self._single_seconds(num_tokens) is None:
+                return 1
+            return max(1, min(self._limit, max(self._free_cores)))
 
-    def observe(self, threads: int, seconds: float, free_cores: int) -> None:
-        """Learn from a decode pass, and from the number of cores that nobody else wanted when it ended."""
+    def observe(self, num_tokens: int, threads: int, seconds: float, free_cores: int) -> None:
+        """Learn from a pass, and from the number of cores that nobody else wanted when it ended."""
         with self._lock:
             self._free_cores = (self._free_cores[1], free_cores)
             if threads == 1:
-                self._note_single(seconds)
-            elif seconds > _STALLED * self._single_seconds:
+                self._single.setdefault(_size(num_tokens), _Average()).add(seconds / num_tokens)
+            elif seconds > _STALLED * (self._single_seconds(num_tokens) or seconds):
                 self._note_stall(threads)
                 return
             if self._num_limited:
@@ -254,15 +278,36 @@ class StallGuard:
                 self._num_good += 1
                 self._penalty = _FIRST_PENALTY if self._num_good >= _FORGIVEN_AFTER else self._penalty
 
-    def _note_single(self, seconds: float) -> None:
-        weight = 1.0 if self._num_calibrating == _CALIBRATING_PASSES else 0.2
-        self._single_seconds += weight * (seconds - self._single_seconds)
-        self._num_calibrating = max(0, self._num_calibrating - 1)
+    def _single_seconds(self, num_tokens: int) -> float | None:
+        """How long a pass takes with one thread, at most: by the longest known one that is no longer, for many tokens take less each."""
+        known = [size for size, average in self._single.items() if size <= _size(num_tokens) and average.known]
+        return num_tokens * self._single[max(known)].value if known else None
 
     def _note_stall(self, threads: int) -> None:
         self._limit, self._num_limited = threads // 2, self._penalty
         self._penalty = min(2 * self._penalty, _LONGEST_PENALTY)
         self._num_good = 0
+
+
+class _Average:
+    """A moving average, known after a few values."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._count = 0
+
+    @property
+    def known(self) -> bool:
+        return self._count >= _CALIBRATING_PASSES
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        self.value += max(0.2, 1 / self._count) * (value - self.value)
+
+
+def _size(num_tokens: int) -> int:
+    """Passes of one size are between a power of two and the next."""
+    return num_tokens.bit_length()
 
 
 def count_free_cores(cores: int) -> int:

@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 
 from llmserve.engine.chat_template import ChatTemplate
-from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.compute import ComputeBudget, Passes
 from llmserve.engine.generation import Failed, Generation, GenerationEnd, GenerationParams
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -111,6 +111,7 @@ class Engine(ABC):
         self.chat_template = chat_template
         self.context_length = info.context_length
         self._budget = budget
+        self._passes = Passes(budget, clock)
         self._settings = settings
         self._statistics = statistics or StatisticsCounter()
         self._clock = clock

@@ -14,7 +14,7 @@ from functools import partial
 from llmserve.engine import slots
 from llmserve.engine.backend import Backend, Logits
 from llmserve.engine.chat_template import ChatTemplate
-from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
+from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, Delta
 from llmserve.engine.sequence import Sequence
@@ -40,7 +40,6 @@ class SlotEngine(Engine):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(info, len(backends), tokenizer, chat_template, budget, settings, statistics, clock)
-        self._stall_guard = StallGuard(budget.cores)
         self._idle = [Slot(backend, settings.prefix_cache) for backend in backends]  # guarded by _condition
         self._jobs: dict[Slot, Job] = {}  # guarded by _condition: of the slots that are not idle
         for number, slot in enumerate(self._idle[:]):
@@ -116,18 +115,10 @@ class SlotEngine(Engine):
 
     def _forward(self, slot: Slot, job: Job, token_ids: list[int]) -> Logits:
         """One forward pass within the compute budget, unless nobody wants its result any more."""
-        threads = self._budget.acquire(at_most=self._stall_guard.limit)
-        try:
+        with self._passes.lease(len(token_ids)) as threads:
             if job.unwanted:
                 raise _Unwanted
-            begun = self._clock()
-            logits = slot.forward(token_ids, threads)
-            if len(token_ids) == 1 and not self._budget.contended:  # else the other passes' threads would be counted
-                cores = self._budget.cores
-                self._stall_guard.observe(threads, self._clock() - begun, count_free_cores(cores))
-            return logits
-        finally:
-            self._budget.release(threads)
+            return slot.forward(token_ids, threads)
 
 
 class _Unwanted(Exception):

@@ -11,8 +11,6 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 
-# llama.cpp's passes have no guard yet against other programs that want the cores, beside which one may take more than a second.
-pytestmark = pytest.mark.parametrize("server", ["ctransformers"], indirect=True, scope="session")
 
 LONG = " ".join(f"word{number}" for number in range(330))  # a thousand tokens, which take seconds to prefill
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from llmserve.engine.compute import ComputeBudget, StallGuard, count_free_cores
+from llmserve.engine.compute import ComputeBudget, Passes, StallGuard, count_free_cores
 
 
 def start(budget, granted, number):
@@ -82,12 +82,12 @@ def test_a_pass_that_wants_fewer_threads_leaves_the_cores_to_others():
         assert [budget.acquire(1), budget.acquire(4)] == [1, 3]
 
 
-def passes(guard, seconds, count):
+def passes(guard, seconds, count, num_tokens=1):
     """Run passes that take `seconds(threads)`; the threads of each."""
     used = []
     for _ in range(count):
-        used.append(guard.limit)
-        guard.observe(used[-1], seconds(used[-1]), free_cores=guard._cores)
+        used.append(guard.limit(num_tokens))
+        guard.observe(num_tokens, used[-1], seconds(used[-1]), free_cores=guard._cores)
     return used
 
 
@@ -110,7 +110,7 @@ def test_all_threads_come_back_when_the_stall_is_over():
 def test_one_hiccup_costs_two_passes():
     guard = StallGuard(2)
     passes(guard, lambda threads: 1 / threads, 100)
-    guard.observe(2, 5.0, free_cores=2)
+    guard.observe(1, 2, 5.0, free_cores=2)
     assert passes(guard, lambda threads: 1 / threads, 4) == [1, 1, 2, 2]
 
 
@@ -132,9 +132,33 @@ def test_cores_that_other_programs_keep_busy_are_left_to_them():
     passes(guard, lambda threads: 1 / threads, 10)
     limits = []
     for free_cores in (4, 3, 4, 3, 3, 2, 2, -5, -5, 4):
-        guard.observe(guard.limit, 1 / guard.limit, free_cores)
-        limits.append(guard.limit)
+        threads = guard.limit(1)
+        guard.observe(1, threads, 1 / threads, free_cores)
+        limits.append(guard.limit(1))
     assert limits == [4, 4, 4, 4, 3, 3, 2, 2, 1, 4]
+
+
+def test_a_long_pass_is_judged_by_what_its_tokens_take_one_by_one_until_its_own_time_is_known():
+    guard = StallGuard(2)
+    assert passes(guard, lambda threads: 20.0, 1, num_tokens=32) == [2]  # nothing is known yet
+    passes(guard, lambda threads: 1 / threads, 3)
+    assert passes(guard, lambda threads: 20.0, 2, num_tokens=32) == [2, 2]
+    assert passes(guard, lambda threads: 50.0, 1, num_tokens=32) == [2]
+    assert passes(guard, lambda threads: 10.0, 2, num_tokens=32) == [1, 1]
+    guard.observe(32, 1, 10.0, free_cores=2)
+    assert passes(guard, lambda threads: 20.0 if threads == 2 else 10.0, 3, num_tokens=32) == [2, 1, 1]
+
+
+def test_a_pass_that_fails_gives_its_cores_back_and_teaches_nothing():
+    budget = ComputeBudget(2)
+    leases = Passes(budget)
+    with pytest.raises(RuntimeError), leases.lease(1):
+        raise RuntimeError("no")
+    assert budget.acquire(2) == 2
+    budget.release(2)
+    for _ in range(3):  # calibration has all its passes to go
+        with budget.share(), leases.lease(1) as granted:
+            assert granted == 1
 
 
 def test_free_cores_are_those_of_the_machine_less_what_runs():
