@@ -62,7 +62,7 @@ class BatchModel:
         """There are machines on which the library dies of repacked weights."""
         return (replace(self, repack=False), _note(cache_dir)) if self.repack else None
 
-    def tokenizer(self, *, encodes: bool = True) -> None:
+    def tokenizer(self) -> None:
         """It has none that needs no library."""
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:

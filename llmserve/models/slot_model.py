@@ -73,17 +73,17 @@ class SlotModel:
     def fallback(self, cache_dir: Path) -> None:
         """There is no other way to open it."""
 
-    def tokenizer(self, *, encodes: bool = True) -> Tokenizer | None:
+    def tokenizer(self, *, reads: bool = True) -> Tokenizer | None:
         """The one that needs no library: byte-level BPE. Raises ModelFileError."""
         header = self.header
         if header is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
             return None
-        return BPETokenizer.from_gguf(header.metadata, encodes=encodes)
+        return BPETokenizer.from_gguf(header.metadata, reads=reads)
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model once per slot; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         with ExitStack() as opened:
-            bpe = self.tokenizer(encodes=reads_text)  # first, for what it leaves in memory is room for the slots' tables
+            bpe = self.tokenizer(reads=reads_text)  # first, for what it leaves in memory is room for the slots' tables
             backends = [opened.enter_context(closing(self._open_backend())) for _ in range(self.spec.slots)]
             tokenizer = bpe or _library_tokenizer(self.header, backends[0])
             engine = SlotEngine(

@@ -11,7 +11,6 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 
-
 LONG = " ".join(f"word{number}" for number in range(330))  # a thousand tokens, which take seconds to prefill
 
 
