@@ -59,6 +59,7 @@ def live(channel: Channel, parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+    os.putenv("GGML_NO_BACKTRACE", "1")  # an abort would start a debugger, and bury its reason under what that says
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger().addHandler(_Forward(channel))

@@ -118,7 +118,7 @@ def nothing_is_left_behind(request):
 
 def patience(stolen):
     """How much longer things may take while the host takes cores away or others want them."""
-    return 10 if stolen > 0.05 or os.getloadavg()[0] > 1.5 * os.cpu_count() + 2 else 1
+    return 30 if stolen > 0.05 or os.getloadavg()[0] > 1.5 * os.cpu_count() + 2 else 1
 
 
 def seconds_since(begun):

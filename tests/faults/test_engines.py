@@ -43,7 +43,7 @@ def answer_and_hit(running, number, phase):
         assert clients[0].flowing.wait(60)
     os.kill(running.engine(VICTIM), number)
     begun = time.monotonic()
-    return ", ".join(dict.fromkeys(client.outcome() for client in clients)), begun
+    return "; ".join(dict.fromkeys(client.outcome() for client in clients)), begun
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -66,7 +66,7 @@ def test_a_signal(running, note, phase, number):
             saw, begun = answer_and_hit(running, number, phase)
             noticed = seconds_since(begun)
             lost = "the answers in flight on it"
-            assert set(saw.split(", ")) <= {"503 engine_died", "200, then an error event (engine_died)"}
+            assert set(saw.split("; ")) <= {"503 engine_died", "200, then an error event (engine_died)"}
         assert ask(running.port, VICTIM) == "200"
         recovered = seconds_since(begun)
     note(f"{number.name} of an engine, {phase}", saw, recovered, bystander.longest_gap, lost)
