@@ -62,7 +62,14 @@ def live(channel: Channel, parent: int) -> None:
     os.putenv("GGML_NO_BACKTRACE", "1")  # an abort would start a debugger, and bury its reason under what that says
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.excepthook = _die
     logging.getLogger().addHandler(_Forward(channel))
+
+
+def _die(arguments: threading.ExceptHookArgs) -> None:
+    """An engine that has lost a thread would leave somebody waiting: the server starts another."""
+    sys.__excepthook__(arguments.exc_type, arguments.exc_value or arguments.exc_type(), arguments.exc_traceback)
+    os._exit(1)
 
 
 class EngineChild:

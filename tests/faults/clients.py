@@ -96,7 +96,7 @@ class Client(threading.Thread):
         self.connection.close()
 
     def outcome(self):
-        self.join(60)
+        self.join(180)
         assert not self.is_alive(), "no end of the answer"
         return outcome(self.received)
 

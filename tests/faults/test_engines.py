@@ -85,7 +85,7 @@ def test_a_memory_limit(running, note):
         with open(f"/proc/{pid}/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
-        clients = [Client(running.port, VICTIM, LONG, max_tokens=30) for _ in range(6)]
+        clients = [Client(running.port, VICTIM, LONG[:900], max_tokens=8) for _ in range(3)]
         outcomes = {client.outcome() for client in clients}
         begun = time.monotonic()
         assert harness.post(running.port, f"/v1/models/{VICTIM}?action=unload")[0] == 200
