@@ -50,10 +50,11 @@ class Cancel(NamedTuple):
     number: int
 
 
-class Events(NamedTuple):
-    """From the process: what one pass has made, each event with the number of its generation."""
+class Published(NamedTuple):
+    """From the process: an event of a generation, as soon as there is one: the server renders it while the next token is sampled."""
 
-    events: list[tuple[int, Event]]
+    number: int
+    event: Event
 
 
 class Tokenize(NamedTuple):

@@ -24,10 +24,10 @@ from llmserve.engine.channel import (
     Cancel,
     Channel,
     Cores,
-    Events,
     Logged,
     Open,
     Opened,
+    Published,
     Recall,
     Refused,
     Return,
@@ -80,7 +80,6 @@ class EngineChild:
         self._open_engine = open_engine
         self._engine: Engine | None = None
         self._budget: LeasedBudget | None = None
-        self._outbox = _Outbox(channel)
         self._generations: dict[int, Generation] = {}
         self._texts: queue.SimpleQueue[Tokenize] = queue.SimpleQueue()
 
@@ -116,7 +115,7 @@ class EngineChild:
             case Tokenize():
                 self._texts.put(message)
             case Open():
-                self._budget = LeasedBudget(message.cores, self._channel, self._outbox.flush)
+                self._budget = LeasedBudget(message.cores, self._channel)
                 logging.getLogger().setLevel(message.log_level)
                 _start("llmserve-open", partial(self._open, message))
 
@@ -156,7 +155,7 @@ class EngineChild:
     def _publish(self, number: int, event: Event) -> None:
         if isinstance(event, GenerationEnd | Failed):
             self._generations.pop(number, None)
-        self._outbox.put(number, event)
+        self._channel.send(Published(number, event))
 
     def _tokenize(self, tokenizer: LibraryTokenizer) -> None:
         while True:
@@ -168,18 +167,15 @@ class EngineChild:
 class LeasedBudget(ComputeBudget):
     """Divides cores of the server's budget among the passes of this process, for as long as they are left to it."""
 
-    def __init__(self, cores: int, channel: Channel, before_pass: Callable[[], None]) -> None:
-        """`before_pass` is called whenever cores are wanted for a pass."""
+    def __init__(self, cores: int, channel: Channel) -> None:
         super().__init__(cores)
         self._channel = channel
-        self._before_pass = before_pass
         self._free = 0
         self._num_leased = 0  # guarded by _lock
         self._asked = False  # guarded by _lock
         self._recalled = False  # guarded by _lock
 
     def acquire(self, at_most: int) -> int:
-        self._before_pass()
         with self._lock:
             if self._free and not self._waiting and not self._recalled:
                 return self._grant(at_most)
@@ -235,27 +231,6 @@ class _Sent(Generation):
 
     def publish(self, event: Event) -> None:
         self._send(event)
-
-
-class _Outbox:
-    """Events on their way to the server: those of a pass leave together. Thread-safe."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-        self._events: list[tuple[int, Event]] = []  # guarded by _lock
-
-    def put(self, number: int, event: Event) -> None:
-        with self._lock:
-            self._events.append((number, event))
-        if isinstance(event, GenerationEnd | Failed):  # no pass may follow
-            self.flush()
-
-    def flush(self) -> None:
-        with self._lock:
-            events, self._events = self._events, []
-            if events:
-                self._channel.send(Events(events))
 
 
 class _Forward(logging.Handler):

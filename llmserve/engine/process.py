@@ -140,7 +140,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                process_group=0,  # what a terminal sends is the server's; a session of its own would be weighed against it by autogroups
             )
         except OSError as error:
             self._end(f"no process could be started ({error.strerror})", crashed=False)

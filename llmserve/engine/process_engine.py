@@ -12,7 +12,7 @@ from copy import copy
 from itertools import count
 from typing import Any
 
-from llmserve.engine.channel import Acquire, Cancel, Cores, Events, Recall, Return, Submit
+from llmserve.engine.channel import Acquire, Cancel, Cores, Published, Recall, Return, Submit
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
@@ -59,9 +59,8 @@ class ProcessEngine(Engine):
 
     def receive(self, message: Any) -> None:
         match message:
-            case Events(events):
-                for number, event in events:
-                    self._take(number, event)
+            case Published(number, event):
+                self._take(number, event)
             case Acquire():
                 self._lease.request()
             case Return():

@@ -20,7 +20,7 @@ class Process:
         self.lease = budget.lease(
             lambda threads: self._post(self.budget.grant, threads), lambda: self._post(self.budget.recall)
         )
-        self.budget = LeasedBudget(budget.cores, self, lambda: None)
+        self.budget = LeasedBudget(budget.cores, self)
         self.num_asked = 0
         self._messages = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)

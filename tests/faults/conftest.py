@@ -98,7 +98,7 @@ def running(tmp_path_factory):
     process = {"isolation": "process", "prefix_cache": False}
     config = harness.model_table(VICTIM, **process)
     config += harness.model_table(BYSTANDER, engine="llamacpp" if has_llamacpp() else "ctransformers", slots=2, **process)
-    config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", **process)
+    config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", slots=8, **process)
     with harness.llmserve(config, log=folder / "log") as server:
         yield Running(server, folder)
     print((folder / "log").read_text()[-4000:])

@@ -93,27 +93,27 @@ def test_a_reset(running, note, phase):
     note(f"a client resets its connection: {phase}", "–", seconds_since(begun))
 
 
-def test_readers_of_one_byte_a_second(running, note):
-    """Half of the streams are read at one byte a second: the others are as fast as without them, and memory is bounded."""
+def test_streams_that_are_not_read(running, note):
+    """Half of them: the others are as fast as without them, and memory is bounded."""
 
     def rate(num_slow):
         slow = [send(running.port, TINY, stream=True, max_tokens=150) for _ in range(num_slow)]
         begun = time.monotonic()
-        clients = [Client(running.port, TINY, stream=True, max_tokens=150) for _ in range(8)]
+        clients = [Client(running.port, TINY, stream=True, max_tokens=150) for _ in range(8 - num_slow)]
         outcomes = {client.outcome() for client in clients}
         seconds = seconds_since(begun)
         for connection in slow:
-            connection.recv(1)
             connection.close()
         assert outcomes == {"200"}
-        return 8 / seconds
+        running.server.wait_until_idle(TINY, timeout=3.0)
+        return 1 / seconds
 
     running.ready(TINY)
     rate(0)
     before = harness.pss(running.worker())["total"]
-    ratios = sorted(rate(8) / rate(0) for _ in range(3))
+    ratios = sorted(rate(4) / rate(0) for _ in range(3))
     grown = (harness.pss(running.worker())["total"] - before) / 1e6
-    note("8 of 16 streams are not read", f"the others at {ratios[1]:.2f} of their speed; {grown:.1f} MB more", gap=None)
+    note("4 of 8 streams are not read", f"the others at {ratios[1]:.2f} of their speed; {grown:.1f} MB more", gap=None)
     assert ratios[-1] >= 0.8
     assert grown < 30
 
