@@ -130,8 +130,13 @@ class ModelSpec:
     max_waiting: int = _option(32, _integer(0, 4096), "requests that may wait for a slot; one more is refused")
     prefill_chunk: int = _option(32, _integer(1, 4096), "prompt tokens evaluated in one go")
     prefix_cache: bool = _option(True, _boolean, "keep a prompt's KV cache for the next prompt that begins alike")
+    prompt_lookup: bool = _option(
+        True, _boolean, "guess tokens from the text so far and evaluate several in one pass, where that pays; llama.cpp only"
+    )
     kv_type: str = _option("f16", _one_of("f16", "f32", "q8_0", "q4_0"), "numbers of the KV cache; llama.cpp only")
-    flash_attention: str = _option("auto", _one_of("auto", "on", "off"), "fused attention; llama.cpp only")
+    flash_attention: str = _option(
+        "auto", _one_of("auto", "on", "off"), "fused attention; auto is off on a CPU, where it is slower; llama.cpp only"
+    )
     gpu_layers: int = _option(0, _integer(0, 10**4), "layers that a GPU evaluates; llama.cpp only")
     chat_template: str = _option("", _string, "Jinja template, or the path of one, instead of the file's own")
     isolation: str = _option("thread", _one_of("process", "thread"), "whether its engine has a process of its own")

@@ -35,6 +35,12 @@ def babble(held: Sequence[int]) -> int:
     return 97 + zlib.crc32(np.asarray(held, dtype=np.int32).tobytes()) % 26
 
 
+def ramble(held: Sequence[int]) -> int:
+    """A letter that mostly depends on the last few alone, so that the text goes round in circles, and now and then on everything."""
+    seen = held if zlib.crc32(np.asarray(held, dtype=np.int32).tobytes()) % 7 == 0 else held[-4:]
+    return 97 + zlib.crc32(np.asarray(seen, dtype=np.int32).tobytes()) % 3
+
+
 def say(text: str) -> Reply:
     """Answer every chat with `text` and EOS."""
     script = [*text.encode(), EOS]
@@ -100,7 +106,7 @@ class FakeBatchBackend:
         self.copies: list[tuple[int, int]] = []
         self.closed = False
         self.on_forward: Callable[[], None] = lambda: None
-        self._asked_for: dict[int, np.ndarray] = {}
+        self._asked_for: dict[tuple[int, int], np.ndarray] = {}
 
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
         assert not self.closed, "used after close"
@@ -114,12 +120,15 @@ class FakeBatchBackend:
             held = self.held[piece.sequence]
             assert piece.token_ids and piece.position == len(held), "a hole in the cache, or two tokens at one position"
             assert piece.position + len(piece.token_ids) <= self.context_length, "beyond the cache"
-            held += piece.token_ids
-            if piece.wants_logits:
-                self._asked_for[index] = scores_of(self.reply(held))
+            for token, token_id in enumerate(piece.token_ids):
+                held.append(token_id)
+                last = token == len(piece.token_ids) - 1
+                if piece.wants_all or (piece.wants_logits and last):
+                    self._asked_for[index, token] = scores_of(self.reply(held))
 
-    def logits(self, index: int) -> np.ndarray:
-        return self._asked_for[index]
+    def logits(self, index: int, token: int = -1) -> np.ndarray:
+        num_tokens = self.passes[-1][index][2]
+        return self._asked_for[index, token % num_tokens]
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         del self.held[sequence][num_tokens:]

@@ -47,13 +47,14 @@ class Backend(Protocol):
 class Piece(NamedTuple):
     """Part of one pass over many sequences: `token_ids` as positions `position`, `position + 1`, … of sequence `sequence`.
 
-    `wants_logits`: whether the scores after its last token are asked for.
+    `wants_logits`: whether the scores after its last token are asked for; `wants_all`: after each of its tokens.
     """
 
     sequence: int
     position: int
     token_ids: Sequence[int]
     wants_logits: bool
+    wants_all: bool = False
 
 
 class BatchBackend(Protocol):
@@ -78,8 +79,11 @@ class BatchBackend(Protocol):
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
         """Evaluate the pieces, each of another sequence. Releases the GIL. Raises RuntimeError when the library fails."""
 
-    def logits(self, index: int) -> Logits:
-        """Next-token scores after piece `index` of the last pass, shape (vocab_size,). A view: valid until the next pass."""
+    def logits(self, index: int, token: int = -1) -> Logits:
+        """Next-token scores after a token of piece `index` of the last pass that were asked for, shape (vocab_size,).
+
+        A view: valid until the next pass.
+        """
         ...
 
     def truncate(self, sequence: int, num_tokens: int) -> None:

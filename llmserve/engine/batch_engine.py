@@ -1,6 +1,6 @@
 """Continuous batching: one thread, and one forward pass for everybody, over and over.
 
-Each pass evaluates the next token of every sequence that decodes, and a bounded piece of the prompts that are being read: a
+Each pass evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
 long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two passes.
 
 A prompt takes the longest beginning that any sequence holds, also one that is running, or is about to hold.
@@ -22,6 +22,7 @@ from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, Delta
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import common_prefix_length, gain
+from llmserve.engine.speculation import PassCost, PromptLookup
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 _LEAST_SHARED = 32
 """Tokens that two prompts must have in common for cells to be copied, or waited for: fewer are evaluated as fast."""
 
-_CHUNKS_ALONE = 2
+CHUNKS_ALONE = 2
 """Prefill chunks in a pass that no decoding sequence waits for: larger batches are faster, but whoever comes waits for their end."""
 
 
@@ -48,12 +49,15 @@ class _Lane:
 
     number: int
     token_ids: list[int] = field(default_factory=list)  # evaluated
-    pending: list[int] = field(default_factory=list)  # to be evaluated: a prompt's rest, or the token just sampled
+    pending: list[int] = field(default_factory=list)  # to be evaluated: a prompt's rest, or the token just sampled and a draft
+    num_drafted: int = 0  # of the pending ones; guesses at what comes after the token just sampled
     choice: _Choice | None = None
     sequence: Sequence | None = None
     reading: bool = False  # its prompt
+    due: int = 0  # who is due first is read first: the prompt tokens read before it came, and its own
     leader: _Lane | None = None  # holds, or will hold, the beginning of this one's prompt
     num_shared: int = 0  # tokens to take from the leader
+    lookup: PromptLookup | None = None  # of a sequence that decodes
     last_used: float = 0.0
 
     def promised(self) -> list[int]:
@@ -80,6 +84,8 @@ class BatchEngine(Engine):
         self._lanes = [_Lane(number) for number in range(backend.num_sequences)]
         self._choices: deque[_Choice] = deque()  # of jobs that have begun; without a lane as yet
         self._num_open: Counter[Job] = Counter()  # choices of each job that are not complete
+        self._num_read = 0  # prompt tokens
+        self._pass_cost = PassCost()
         self._start_thread("llmserve-batch", self._serve)
 
     def _dispatch(self) -> None:
@@ -150,6 +156,7 @@ class BatchEngine(Engine):
         num_kept = shared.pop(lane.number)
         self._truncate(lane, num_kept)
         lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
+        lane.due = self._num_read + len(lane.pending)
         lane.sequence = Sequence(choice.index, prompt_ids, choice.job.params, self.tokenizer)
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
@@ -178,6 +185,7 @@ class BatchEngine(Engine):
             self._backend.copy(leader.number, lane.number)
             self._backend.truncate(lane.number, lane.num_shared)
             lane.token_ids, lane.pending = prompt_ids[: lane.num_shared], prompt_ids[lane.num_shared :]
+            lane.due = self._num_read + len(lane.pending)
             self._note_cached(lane)
 
     def _note_cached(self, lane: _Lane) -> None:
@@ -188,9 +196,10 @@ class BatchEngine(Engine):
         """The lane is free; what it holds stays, for whoever begins alike."""
         assert lane.choice is not None and lane.sequence is not None
         lane.choice.job.num_output_tokens += lane.sequence.num_output_tokens
-        lane.choice = lane.sequence = lane.leader = None
+        lane.choice = lane.sequence = lane.leader = lane.lookup = None
         lane.reading = False
         lane.pending = []
+        lane.num_drafted = 0
         lane.last_used = self._clock()
 
     def _drop(self, job: Job, error: Exception | None = None) -> None:
@@ -214,34 +223,74 @@ class BatchEngine(Engine):
     def _plan(self) -> list[tuple[_Lane, int]]:
         """Lanes and how many of their pending tokens are evaluated now: every decoding one's, and a piece of the prompts.
 
-        Prompts share what there is, the shortest first: so it is through before long ones, which get what it leaves.
+        One prompt is read after the other, for the library makes a pass of its own for pieces of each length. The shortest goes
+        first, but a long one need not wait for more tokens than it has (fair queueing by virtual finish times).
         """
         decoding = [lane for lane in self._lanes if lane.choice is not None and not lane.reading]
         reading = [lane for lane in self._lanes if lane.reading and lane.leader is None]
         batch = [(lane, 1) for lane in decoding]
-        room = self._settings.prefill_chunk * (1 if decoding else _CHUNKS_ALONE)
+        room = self._settings.prefill_chunk * (1 if decoding else CHUNKS_ALONE)
         room = min(room, self._backend.batch_size - len(decoding))
-        for num_before, lane in enumerate(sorted(reading, key=lambda lane: len(lane.pending))):
-            num_tokens = min(len(lane.pending), room // (len(reading) - num_before))
+        for lane in sorted(reading, key=lambda lane: lane.due):
+            num_tokens = min(len(lane.pending), room)
             if num_tokens:
                 batch.append((lane, num_tokens))
                 room -= num_tokens
-        return batch
+                self._num_read += num_tokens
+        return self._with_drafts(batch)
+
+    def _with_drafts(self, batch: list[tuple[_Lane, int]]) -> list[tuple[_Lane, int]]:
+        """Add what the decoding sequences will probably say next, as far as that pays in a pass as full as this one."""
+        num_tokens = sum(num_tokens for _, num_tokens in batch)
+        drafted = []
+        for lane, count in batch:
+            if lane.lookup is not None and lane.sequence is not None:
+                wanted = self._pass_cost.draft_length(lane.lookup.accuracy, num_tokens)
+                room = min(lane.sequence.num_left - 1, self._backend.batch_size - num_tokens)
+                draft = lane.lookup.draft(min(wanted, room))
+                lane.pending += draft
+                lane.num_drafted = len(draft)
+                num_tokens += len(draft)
+                count += len(draft)
+            drafted.append((lane, count))
+        return drafted
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
         pieces = [self._piece(lane, num_tokens) for lane, num_tokens in batch]
-        with self._passes.lease(sum(num_tokens for _, num_tokens in batch)) as threads:
+        num_tokens = sum(len(piece.token_ids) for piece in pieces)
+        with self._passes.lease(num_tokens) as threads:
+            begun = self._clock()
             self._backend.forward(pieces, threads)
-        for index, (lane, num_tokens) in enumerate(batch):
-            lane.token_ids += lane.pending[:num_tokens]
-            del lane.pending[:num_tokens]
+            self._pass_cost.observe(num_tokens, self._clock() - begun)
+        for index, (lane, piece) in enumerate(zip((lane for lane, _ in batch), pieces, strict=True)):
+            lane.token_ids += piece.token_ids
+            del lane.pending[: len(piece.token_ids)]
             if not lane.pending:
-                self._sample(lane, self._backend.logits(index))
+                self._take(lane, index, piece)
 
     def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
-        return Piece(lane.number, len(lane.token_ids), lane.pending[:num_tokens], num_tokens == len(lane.pending))
+        token_ids = lane.pending[:num_tokens]
+        return Piece(lane.number, len(lane.token_ids), token_ids, num_tokens == len(lane.pending), lane.num_drafted > 0)
 
-    def _sample(self, lane: _Lane, logits: Logits) -> None:
+    def _take(self, lane: _Lane, index: int, piece: Piece) -> None:
+        """Sample after the last token that is certain, and again after every drafted one that turns out to be what was sampled.
+
+        So an answer's distribution, and with a seed the answer itself, are what they are without drafts.
+        """
+        assert lane.choice is not None
+        job, num_wrong = lane.choice.job, lane.num_drafted
+        job.num_drafted += num_wrong
+        lane.num_drafted = 0
+        while True:
+            token_id = self._sample(lane, self._backend.logits(index, -1 - num_wrong))
+            if lane.choice is None or not num_wrong or piece.token_ids[-num_wrong] != token_id:
+                break
+            num_wrong -= 1
+            job.num_accepted += 1
+        if num_wrong:
+            self._truncate(lane, len(lane.token_ids) - num_wrong)
+
+    def _sample(self, lane: _Lane, logits: Logits) -> int:
         """Choose the next token of a lane and say what it means."""
         choice, sequence = lane.choice, lane.sequence
         assert choice is not None and sequence is not None
@@ -254,13 +303,22 @@ class BatchEngine(Engine):
             job.generation.publish(Delta(choice.index, text))
         if sequence.finish_reason is None:
             lane.pending = [token_id]
-            return
+            self._look_up(lane, token_id)
+            return token_id
         self._leave(lane)
         job.generation.publish(ChoiceEnd(choice.index, sequence.finish_reason, sequence.num_output_tokens))
         self._num_open[job] -= 1
         if not self._num_open[job]:
             del self._num_open[job]
             self._end(job)
+        return token_id
+
+    def _look_up(self, lane: _Lane, token_id: int) -> None:
+        """Note the token of a sequence whose next ones may be guessed."""
+        if lane.lookup is not None:
+            lane.lookup.append(token_id)
+        elif self._settings.prompt_lookup:
+            lane.lookup = PromptLookup([*lane.token_ids, token_id])
 
     def _truncate(self, lane: _Lane, num_tokens: int) -> None:
         self._backend.truncate(lane.number, num_tokens)

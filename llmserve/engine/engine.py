@@ -61,6 +61,7 @@ class EngineSettings:
     max_waiting: int = 32
     prefill_chunk: int = 32
     prefix_cache: bool = True
+    prompt_lookup: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +76,8 @@ class Job:
     num_cached_tokens: int = 0
     prefill_time: float = 0.0
     num_output_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0  # of the drafted ones, because they were right
     abort: APIError | None = None  # set by close(); read by the engine's threads between two passes
 
     @property
@@ -89,6 +92,8 @@ class Job:
             queue_time=self.started - self.submitted,
             prefill_time=self.prefill_time,
             decode_time=now - self.started - self.prefill_time,
+            num_drafted_tokens=self.num_drafted,
+            num_accepted_tokens=self.num_accepted,
         )
 
 
@@ -224,7 +229,11 @@ class Engine(ABC):
         else:
             job.generation.publish(job.end(self._clock()))
             self._statistics.add(
-                prompt_tokens=len(job.prompt_ids), cached_tokens=job.num_cached_tokens, output_tokens=job.num_output_tokens
+                prompt_tokens=len(job.prompt_ids),
+                cached_tokens=job.num_cached_tokens,
+                output_tokens=job.num_output_tokens,
+                drafted_tokens=job.num_drafted,
+                accepted_tokens=job.num_accepted,
             )
         with self._condition:
             self._running.remove(job)

@@ -76,7 +76,7 @@ class LlamaCppBackend:
         self._vocab = library.llama_model_get_vocab(self._model)
         self.vocab_size = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = _Batch(batch_size)
-        self._outputs: list[int] = []
+        self._outputs: list[range] = []
 
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
         self._outputs = self._batch.fill(pieces)
@@ -85,8 +85,8 @@ class LlamaCppBackend:
         if outcome:
             raise RuntimeError(f"the library could not evaluate the tokens (llama_decode: {outcome})")
 
-    def logits(self, index: int) -> Logits:
-        pointer = library.llama_get_logits_ith(self._open(), self._outputs[index])
+    def logits(self, index: int, token: int = -1) -> Logits:
+        pointer = library.llama_get_logits_ith(self._open(), self._outputs[index][token])
         address = ctypes.addressof(pointer.contents)
         return np.ctypeslib.as_array((ctypes.c_float * self.vocab_size).from_address(address))
 
@@ -170,9 +170,9 @@ class _Batch:
             self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def fill(self, pieces: Sequence[Piece]) -> list[int]:
-        """Describe the pieces; where each one's last token is."""
-        end, lasts = 0, []
+    def fill(self, pieces: Sequence[Piece]) -> list[range]:
+        """Describe the pieces; where the tokens of each one are."""
+        end, places = 0, []
         for piece in pieces:
             begin, end = end, end + len(piece.token_ids)
             if end > len(self._tokens):  # the library would abort the process
@@ -180,11 +180,11 @@ class _Batch:
             self._tokens[begin:end] = piece.token_ids
             self._positions[begin:end] = range(piece.position, piece.position + end - begin)
             self._sequences[begin:end] = piece.sequence
-            self._wanted[begin:end] = 0
-            self._wanted[end - 1] = piece.wants_logits
-            lasts.append(end - 1)
+            self._wanted[begin:end] = piece.wants_all
+            self._wanted[end - 1] = piece.wants_logits or piece.wants_all
+            places.append(range(begin, end))
         self.struct.n_tokens = end
-        return lasts
+        return places
 
 
 def _model_params(settings: LlamaCppSettings) -> Any:
@@ -200,10 +200,20 @@ def _context_params(backend: LlamaCppBackend, settings: LlamaCppSettings) -> Any
     params.n_seq_max = backend.num_sequences
     params.n_batch = params.n_ubatch = backend.batch_size
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
+    params.flash_attn_type = FLASH_ATTENTION[_flash_attention(settings)]
     params.kv_unified = False
     params.no_perf = True
     return params
+
+
+def _flash_attention(settings: LlamaCppSettings) -> str:
+    """On a CPU "auto" is off: there the fused kernel takes up to three times as long for passes of less than 64 tokens of a sequence.
+
+    Quantized values need it.
+    """
+    if settings.flash_attention != "auto" or settings.gpu_layers:
+        return settings.flash_attention
+    return "on" if settings.kv_type.startswith("q") else "off"
 
 
 @functools.cache

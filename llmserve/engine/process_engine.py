@@ -107,6 +107,7 @@ class ProcessEngine(Engine):
             case GenerationEnd():
                 job.started += event.queue_time
                 job.num_cached_tokens, job.prefill_time = event.num_cached_tokens, event.prefill_time
+                job.num_drafted, job.num_accepted = event.num_drafted_tokens, event.num_accepted_tokens
                 self._end_job(number)
             case Failed(error):
                 self._end_job(number, error)

@@ -18,7 +18,7 @@ GREEDY_BELOW = 1e-4
 """Temperatures under this are greedy: no two float32 logits closer than it are told apart anyway."""
 
 _BLOCK = 256
-_THRESHOLDS = (1e-2, 1e-4, 1e-7, 0.0)
+_THRESHOLDS = (1e-2, 1e-4, 1e-7)
 """Weights, the likeliest token's being 1, tried in turn until the tokens above one are enough."""
 
 
@@ -117,11 +117,12 @@ def _find(cumulative: NDArray[np.float64], target: float) -> int:
 
 def _candidates(weights: Logits, params: SamplingParams) -> NDArray[np.int64]:
     """Ids that top-k, top-p (of what top-k left) and min-p leave, likeliest first; equal weights by id. Never empty."""
+    total = 0.0
     if params.top_k:
-        ids = _above_threshold(weights, lambda ids: len(ids) >= params.top_k)
+        ids = _likeliest(weights, params.top_k)
     elif params.top_p < 1:
-        wanted = params.top_p * weights.sum(dtype=np.float64)
-        ids = _above_threshold(weights, lambda ids: weights[ids].sum(dtype=np.float64) >= wanted)
+        total = float(weights.sum())
+        ids = _above_threshold(weights, lambda ids: weights[ids].sum(dtype=np.float64) >= params.top_p * total)
     else:
         ids = np.flatnonzero(weights >= np.float32(params.min_p))
     ids = ids[np.argsort(-weights[ids], kind="stable")]
@@ -129,16 +130,25 @@ def _candidates(weights: Logits, params: SamplingParams) -> NDArray[np.int64]:
         ids = ids[: params.top_k]
     if params.top_p < 1:
         cumulative = weights[ids].cumsum(dtype=np.float64)
-        total = cumulative[-1] if params.top_k else weights.sum(dtype=np.float64)
-        ids = ids[: int(np.searchsorted(cumulative, params.top_p * total)) + 1]
+        ids = ids[: int(np.searchsorted(cumulative, params.top_p * (total or cumulative[-1]))) + 1]
     if params.min_p:
         ids = ids[weights[ids] >= np.float32(params.min_p)]
     return ids
 
 
+def _likeliest(weights: Logits, count: int) -> NDArray[np.int64]:
+    """The ids of the `count` likeliest tokens that can be drawn at all, and perhaps of some more."""
+    for threshold in _THRESHOLDS:
+        ids = np.flatnonzero(weights >= np.float32(threshold))
+        if len(ids) >= count:
+            return ids
+    rank = max(0, len(weights) - count)
+    return np.flatnonzero((weights >= np.partition(weights, rank)[rank]) & (weights > 0))
+
+
 def _above_threshold(weights: Logits, enough: Callable[[NDArray[np.int64]], bool]) -> NDArray[np.int64]:
     """The ids of the likeliest tokens, by the highest threshold that leaves enough."""
-    for threshold in _THRESHOLDS:
+    for threshold in (*_THRESHOLDS, 0.0):
         ids = np.flatnonzero(weights >= np.float32(threshold))
         if enough(ids):
             break

@@ -25,6 +25,11 @@ class Sequence:
         self._detokenizer = Detokenizer()
         self._stop_matcher = StopMatcher(params.stop)
 
+    @property
+    def num_left(self) -> int:
+        """Most tokens it may still get."""
+        return self._max_tokens - self.num_output_tokens
+
     def sample(self, logits: Logits) -> int:
         return self._sampler.sample(logits)
 

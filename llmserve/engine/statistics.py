@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 
 class Statistics(NamedTuple):
-    """A snapshot. Tokens are those of ended generations; times are in seconds, `last_used` in Unix time."""
+    """A snapshot. Tokens are those of ended generations, `accepted_tokens` the drafted ones that were right; times are in
+    seconds, `last_used` in Unix time."""
 
     requests: int = 0
     errors: int = 0
@@ -17,6 +18,8 @@ class Statistics(NamedTuple):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     loads: int = 0
     load_seconds: float = 0.0
     last_used: float | None = None

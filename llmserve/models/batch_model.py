@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmserve.config import ModelSpec
 from llmserve.engine import gguf
-from llmserve.engine.batch_engine import BatchEngine
+from llmserve.engine.batch_engine import CHUNKS_ALONE, BatchEngine
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
@@ -24,8 +24,8 @@ from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-_BATCH_SIZE = 512
-"""Most tokens of a pass."""
+_SHORTEST_BATCH = 64
+"""Tokens of a pass that any configuration has room for, so that a lone sequence can be given a long draft."""
 
 
 def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path) -> BatchModel:
@@ -69,8 +69,9 @@ class BatchModel:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
+        batch_size = max(_SHORTEST_BATCH, CHUNKS_ALONE * spec.prefill_chunk + spec.slots)
         try:
-            backend = LlamaCppBackend(self.path, self.context_length, spec.slots, _BATCH_SIZE, settings)
+            backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
         except RuntimeError as error:
             raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
         try:
@@ -81,7 +82,9 @@ class BatchModel:
                 tokenizer=tokenizer,
                 chat_template=make_chat_template(spec, self.header, tokenizer) if reads_text else ChatTemplate(None),
                 budget=budget,
-                settings=replace(self.settings, prefix_cache=spec.prefix_cache and backend.can_truncate),
+                settings=self.settings
+                if backend.can_truncate
+                else replace(self.settings, prefix_cache=False, prompt_lookup=False),
                 statistics=statistics,
             )
         except BaseException:
@@ -90,7 +93,8 @@ class BatchModel:
 
     @property
     def settings(self) -> EngineSettings:
-        return EngineSettings(self.spec.max_waiting, self.spec.prefill_chunk, self.spec.prefix_cache)
+        spec = self.spec
+        return EngineSettings(spec.max_waiting, spec.prefill_chunk, spec.prefix_cache, spec.prompt_lookup)
 
     @property
     def info(self) -> EngineInfo:

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
+from llmserve.engine.speculation import PassCost
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineFailed, QueueFull, ShuttingDown
-from tests.fakes import FakeBackend, FakeBatchBackend, babble, make_engine
+from tests.fakes import FakeBackend, FakeBatchBackend, babble, make_engine, ramble, say
 
 TIMEOUT = 10.0
 GREEDY = SamplingParams(temperature=0)
@@ -44,13 +45,23 @@ def text_of(generation, choice=0):
     return "".join(event.text for event in events_of(generation) if isinstance(event, Delta) and event.choice == choice)
 
 
-def answer(prompt_ids, max_tokens=8):
+def answer(prompt_ids, max_tokens=8, reply=babble):
     """What a greedy loop on one cache gives."""
     held, text = list(prompt_ids), ""
     for _ in range(max_tokens):
-        held.append(babble(held))
+        held.append(reply(held))
         text += chr(held[-1])
     return text
+
+
+@pytest.fixture
+def drafting(monkeypatch):
+    """Draft as many tokens as one likes, whether it pays or not."""
+
+    def set_length(num_tokens):
+        monkeypatch.setattr(PassCost, "draft_length", lambda self, accuracy, room: num_tokens)
+
+    return set_length
 
 
 class Brake:
@@ -118,6 +129,20 @@ def test_a_short_prompt_is_not_stuck_behind_a_long_one(engine_of):
     assert short.read(0, timeout=TIMEOUT)
     assert len(backend.held[0]) < 400
     brake.release()
+
+
+def test_a_long_prompt_is_not_stuck_behind_ever_more_short_ones(engine_of):
+    backend = FakeBatchBackend(context_length=512)
+    brake = Brake(backend)
+    engine = engine_of(backend, prefill_chunk=16, max_waiting=100)
+    long = submit(engine, [9] * 400, max_tokens=1)
+    brake.wait()
+    short = [submit(engine, [number] * 30, max_tokens=1) for number in range(10, 50)]
+    brake.release()
+    assert text_of(long) == answer([9] * 400, 1)
+    assert all(isinstance(events_of(generation)[-1], GenerationEnd) for generation in short)
+    reads_the_end = [any(position + num_tokens == 400 for _, position, num_tokens in pieces) for pieces in backend.passes]
+    assert reads_the_end.index(True) < 2 * 400 / 16 + 4  # half of what is read by then is its own
 
 
 def test_what_an_idle_sequence_holds_is_not_read_again(engine_of):
@@ -208,6 +233,58 @@ def test_a_draw_is_that_of_an_engine_of_slots(engine_of):
     assert [text_of(generation, choice) for choice in range(2)] == expected
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 60, 192])
+def test_drafts_change_no_answer_and_save_passes(engine_of, drafting, max_tokens):
+    drafting(6)
+    backend = FakeBatchBackend(ramble, batch_size=24)
+    engine = engine_of(backend, statistics=(statistics := StatisticsCounter()))
+    prompts = [[number] * 4 + [97, 98, 99] * 20 for number in range(3)]
+    generations = [submit(engine, prompt_ids, max_tokens) for prompt_ids in prompts]
+    assert [text_of(generation) for generation in generations] == [answer(ids, max_tokens, ramble) for ids in prompts]
+    assert max_tokens < 60 or len(backend.passes) < 3 * 64 / 24 + 0.8 * max_tokens
+    expected = [[*ids, *answer(ids, max_tokens, ramble).encode()][:-1] for ids in prompts]
+    assert sorted(backend.held) == sorted(expected)  # what was guessed wrong is gone
+    assert engine.drain(TIMEOUT)
+    counted = statistics.snapshot()
+    assert counted.accepted_tokens <= counted.drafted_tokens
+    assert max_tokens < 60 or counted.accepted_tokens > max_tokens // 3
+
+
+def test_a_draw_with_a_seed_is_the_same_with_drafts(engine_of, drafting):
+    sampling = SamplingParams(seed=3, temperature=1.2)
+    texts = []
+    for length in (0, 5):
+        drafting(length)
+        generation = submit(engine_of(FakeBatchBackend(ramble)), [97, 98, 99] * 10, 120, n=2, sampling=sampling)
+        texts.append([text_of(generation, choice) for choice in range(2)])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("one two one two one two", "one two one two one two"), ("one two one. two one two", "one two one")],
+    ids=["eos", "stop"],
+)
+def test_an_answer_ends_in_the_middle_of_a_draft(engine_of, drafting, said, expected):
+    drafting(8)
+    backend = FakeBatchBackend(say(said))
+    engine = engine_of(backend)
+    prompt_ids = [*b"one two one two one two one two", 258, *b"assistant\n"]
+    for _ in range(2):
+        generation = submit(engine, prompt_ids, 100, stop=(". ",))
+        end = next(event for event in events_of(generation) if isinstance(event, ChoiceEnd))
+        assert (text_of(generation), end.finish_reason) == (expected, "stop")
+    assert max(num_tokens for pieces in backend.passes for _, _, num_tokens in pieces[:1]) > 1
+    assert bytes(backend.held[0][len(prompt_ids) :]).decode().startswith(expected[:-1])
+
+
+def test_without_prompt_lookup_every_pass_has_one_token_of_a_sequence(engine_of, drafting):
+    drafting(6)
+    backend = FakeBatchBackend(ramble)
+    text_of(submit(engine_of(backend, prompt_lookup=False), [97, 98, 99] * 10, 60))
+    assert all(num_tokens == 1 for pieces in backend.passes[2:] for _, _, num_tokens in pieces)
+
+
 @pytest.mark.parametrize("num_read", [0, 1])
 def test_who_leaves_frees_the_sequence_before_the_next_pass(engine_of, num_read):
     backend = FakeBatchBackend(context_length=1024)
@@ -273,17 +350,21 @@ def test_closing_ends_what_runs_and_what_waits(engine_of):
         max_size=12,
     ),
     num_sequences=st.integers(1, 4),
+    num_drafted=st.integers(0, 9),
 )
-def test_whatever_is_submitted_and_cancelled_is_answered_right_and_nothing_is_left(engine_of, jobs, num_sequences):
+def test_whatever_is_submitted_and_cancelled_is_answered_right_and_nothing_is_left(
+    engine_of, drafting, jobs, num_sequences, num_drafted
+):
     """Prompts of three families, so that they share beginnings with what runs, what waits and what has run."""
-    backend = FakeBatchBackend(num_sequences=num_sequences)
+    drafting(num_drafted)
+    backend = FakeBatchBackend(ramble, num_sequences=num_sequences)
     engine = engine_of(backend, max_waiting=20)
     kept = []
     for family, length, max_tokens, n, close_after in jobs:
         prompt_ids = [family] * length
         generation = submit(engine, prompt_ids, max_tokens, n=n)
         if close_after is None:
-            kept.append((generation, answer(prompt_ids, max_tokens), n))
+            kept.append((generation, answer(prompt_ids, max_tokens, ramble), n))
         else:
             generation.read(close_after, timeout=0.001)
             generation.close()

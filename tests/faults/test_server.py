@@ -125,7 +125,7 @@ def test_sigterm(tmp_path, note, phase):
         worker = server.worker_pid()
         clients = []
         if phase in ("prefill", "decode"):
-            clients = [Client(server.port, VICTIM, LONG * (phase == "prefill"), stream=True, max_tokens=900)]
+            clients = [Client(server.port, VICTIM, LONG * (phase == "prefill"), stream=True, max_tokens=500)]
             wait_for(lambda: server.get(f"/v1/models/{VICTIM}")[1]["running"])
             if phase == "decode":
                 assert clients[0].flowing.wait(60)

@@ -1,0 +1,133 @@
+"""Guess what a sequence says next from what stands in it already, and decide how much of a guess is worth evaluating.
+
+Text that copies from its prompt (edits, extraction, quotes), or repeats itself, is guessed right for long runs; several guessed
+tokens evaluated in one pass cost less than one after the other. Knows nothing of models: it sees token ids and times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_MATCH = 3  # tokens that must be the same for what followed them to be guessed again
+_ACCURACY_AT_FIRST = 0.3
+_LEARNING_RATE = 0.15  # of the accuracy; a run of ten right guesses makes it 0.86
+_BEST_ACCURACY = 0.97
+_LONGEST_DRAFT = 24  # tokens
+
+_SLOPE_AT_FIRST = 1.0
+_SLOPES = (0.25, 100.0)  # what is believed; less than the first was never seen on a CPU but in noise
+_SLOPES = (0.25, 100.0)  # what is believed; less than the first was never seen on a CPU but in noise
+_KNOWN_AFTER = 3  # passes
+_PASS_RATE = 0.2  # of learning
+_LARGEST_STEP = 0.05  # of the time known, so that a pass that another program has held up changes little
+
+
+class PromptLookup:
+    """The text of one sequence, and where in it the last few tokens stood before ("prompt lookup decoding", Saxena 2023).
+
+    It learns how often its guesses are right from every token, also while none of them is evaluated. Not thread-safe.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.accuracy = _ACCURACY_AT_FIRST
+        self._token_ids = list(token_ids)
+        self._followers: dict[tuple[int, ...], int] = {}  # the position behind each run of _MATCH tokens, where it last stood
+        for end in range(_MATCH, len(token_ids)):
+            self._followers[tuple(token_ids[end - _MATCH : end])] = end
+        self._next = self._look_up()  # the position whose token is guessed to come next
+
+    def append(self, token_id: int) -> None:
+        """Take the next token of the sequence."""
+        guessed = self._next
+        right = guessed is not None and self._token_ids[guessed] == token_id
+        if guessed is not None:
+            self.accuracy += _LEARNING_RATE * (right - self.accuracy)
+        self._token_ids.append(token_id)
+        found = self._look_up()
+        self._next = guessed + 1 if guessed is not None and right else found
+
+    def draft(self, max_tokens: int) -> list[int]:
+        """What should come next, `max_tokens` ids or none; a text that repeats itself is guessed to go on so."""
+        if self._next is None:
+            return []
+        draft = self._token_ids[self._next : self._next + max_tokens]
+        period = len(draft)
+        while len(draft) < max_tokens:
+            draft.append(draft[-period])
+        return draft
+
+    def _look_up(self) -> int | None:
+        """The position behind the last tokens where they stood before, if they did; from now on they stand here."""
+        tail = tuple(self._token_ids[-_MATCH:])
+        found = self._followers.get(tail)
+        self._followers[tail] = len(self._token_ids)
+        return found
+
+
+class PassCost:
+    """How the time of a pass grows with its tokens: in proportion to 1 + slope · tokens, fitted to what was seen. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._slope = _SLOPE_AT_FIRST
+        self._typical: dict[int, _Typical] = {}  # by the size of the pass: between a power of two and the next
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a pass."""
+        self._typical.setdefault(num_tokens.bit_length(), _Typical(num_tokens)).add(num_tokens, seconds)
+        self._fit()
+
+    def share_of_next(self, num_tokens: float) -> float:
+        """What one more token adds to a pass, as a part of what a token of it costs in the mean. At most 1."""
+        return self._slope * num_tokens / self._relative(num_tokens)
+
+    def draft_length(self, accuracy: float, num_tokens: int) -> int:
+        """How many guessed tokens, each right with `accuracy` if all before it are, make a pass of `num_tokens` yield more than it costs."""
+        share = self.share_of_next(num_tokens)
+        accuracy = min(accuracy, _BEST_ACCURACY)
+        if accuracy <= share:
+            return 0
+        return min(_LONGEST_DRAFT, int(math.log(share) / math.log(accuracy)))
+
+    def _relative(self, num_tokens: float) -> float:
+        return 1 + self._slope * num_tokens
+
+    def _fit(self) -> None:
+        """Least squares of the relative errors, as soon as passes of two sizes are known."""
+        known = [typical for typical in self._typical.values() if typical.known]
+        if len(known) < 2:
+            return
+        weights = [1 / typical.num_tokens**2 for typical in known]
+        tokens = _mean([typical.num_tokens for typical in known], weights)
+        seconds = _mean([typical.seconds for typical in known], weights)
+        products = _mean([(typical.num_tokens - tokens) * (typical.seconds - seconds) for typical in known], weights)
+        per_token = products / _mean([(typical.num_tokens - tokens) ** 2 for typical in known], weights)
+        base = seconds - per_token * tokens
+        least, most = _SLOPES
+        self._slope = min(max(per_token / base, least), most) if base > 0 else most
+
+
+class _Typical:
+    """Passes of about one size: how many tokens they have and how long they take, whatever the machine does besides."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = float(num_tokens)
+        self.seconds = math.inf
+        self._count = 0
+
+    @property
+    def known(self) -> bool:
+        return self._count >= _KNOWN_AFTER
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        self._count += 1
+        self.num_tokens += _PASS_RATE * (num_tokens - self.num_tokens)
+        if self._count <= _KNOWN_AFTER:
+            self.seconds = min(self.seconds, seconds)
+        else:
+            step = _LARGEST_STEP * self.seconds
+            self.seconds += min(max(_PASS_RATE * (seconds - self.seconds), -step), step)
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

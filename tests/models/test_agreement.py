@@ -1,0 +1,53 @@
+"""Both libraries on one file: the same text gets the same probabilities."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmserve.config import DEFAULT_MODEL, load
+from llmserve.models.loading import Loader, has_llamacpp
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_llamacpp(), reason="llama-cpp-python, the extra `llamacpp`, is not installed"),
+]
+
+TEXT = """The river rises in the hills behind the town, where the rain of the winter months gathers in a chain of small lakes. \
+For two hundred years the people here have built mills along it: first for grain, then for wool, and at last for electric light. \
+When the railway came in 1871, most of the mills were closed, and the youngest families moved to the coast. What remains is a quiet \
+place with a bridge of five arches, a market on Thursdays and a school with ninety children. The mayor, who is also the baker, says \
+that nothing ever happens, and that this is exactly why he would not live anywhere else."""
+
+
+def log_probabilities(logits):
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def test_the_two_libraries_agree_on_a_real_text():
+    from llmserve.engine.backend import Piece
+    from llmserve.engine.ctransformers_backend import CTransformersBackend
+    from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+
+    loader = Loader(load().server)
+    old, new = (loader.prepare(replace(DEFAULT_MODEL, engine=engine)) for engine in ("ctransformers", "llamacpp"))
+    theirs = CTransformersBackend(old.path, 512)
+    ours = LlamaCppBackend(new.path, 512, 1, 64, LlamaCppSettings(repack=new.repack))
+    try:
+        token_ids = ours.tokenize(TEXT.encode())
+        divergences, same = [], 0
+        for position, token_id in enumerate(token_ids):
+            theirs.forward([token_id], position, 1)
+            ours.forward([Piece(0, position, [token_id], True)], 1)
+            a, b = log_probabilities(theirs.logits()), log_probabilities(ours.logits(0))
+            divergences.append(float((np.exp(a) * (a - b)).sum()))
+            same += int(a.argmax() == b.argmax())
+    finally:
+        theirs.close()
+        ours.close()
+    print(
+        f"{len(token_ids)} tokens: mean KL {np.mean(divergences):.5f} nats, most {max(divergences):.5f}; same best token: {same}"
+    )
+    assert len(token_ids) > 100
+    assert np.mean(divergences) <= 0.02
