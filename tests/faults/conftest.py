@@ -15,7 +15,8 @@ from tests.faults.clients import Bystander, wait_for
 from tests.tiny_models import write_llama_bpe, write_llama_spm
 
 VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
-HEAD = "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
+HEAD = "# What the server survives\n\n`make faults` breaks these things around a real server and writes this table.\n\n"
+HEAD += "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
 ROWS: list[str] = []
 
 

@@ -37,7 +37,7 @@ def answer_and_hit(running, number, phase):
     running.ready(VICTIM)
     assert ask(running.port, VICTIM) == "200"
     content = LONG if phase == "prefill" else "Write a very long story."
-    clients = [Client(running.port, VICTIM, content, stream=stream, max_tokens=800) for stream in (True, False)]
+    clients = [Client(running.port, VICTIM, content, stream=stream, max_tokens=500) for stream in (True, False)]
     wait_for(lambda: running.server.get(f"/v1/models/{VICTIM}")[1]["running"] == 2)
     if phase == "decode":
         assert clients[0].flowing.wait(60)
