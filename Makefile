@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: run test fast faults llamacpp lint cover bench clean
+.PHONY: run test fast faults llamacpp lint cover bench bench-peers clean
 
 run: $(MARK)                ## the server, with the default model, on 127.0.0.1:8080
 	$(BIN)/llmserve pull
@@ -37,6 +37,9 @@ cover: $(MARK)-test
 bench: $(MARK)-test         ## every figure the README claims, as ratios within one run
 	$(BIN)/python -m benchmarks
 
+bench-peers: $(MARK)-bench  ## llmserve beside llama-server and llama-cpp-python's server: a table and pictures
+	$(BIN)/python -m benchmarks.peers
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -47,6 +50,10 @@ $(MARK): setup.cfg pyproject.toml
 
 $(MARK)-test: $(MARK)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(MARK)-bench: $(MARK)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[llamacpp,bench]"
 	touch $@
 
 $(MARK)-lint: $(MARK)

@@ -16,101 +16,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from benchmarks import harness
-from benchmarks.harness import Bare, Server, at_once, chat
+from benchmarks.figures import HEAD, Figure, calmest, paired
+from benchmarks.harness import Bare, Server, at_once, chat, random_prompts, story
 from llmserve.models.loading import has_llamacpp
-
-T = TypeVar("T")
 
 _RESIDENT_KV_CACHE = 30 * 192 * 4096 + 30 * 192 * 2 * 150
 """Bytes of a slot's cache that 150 tokens make resident. Values are stored by channel (30 layers of 192), 2,048 positions or one
 page of 4,096 bytes each, so a page of every channel is touched at once; keys are stored by position, 2 bytes a value."""
 
-_QUIET = 0.02
-"""Share of the cores' time that another virtual machine may take in a round that counts."""
-
 CORES = len(os.sched_getaffinity(0))
 SPLITS = [(slots, CORES // slots) for slots in (1, 2, 4, 8) if CORES % slots == 0]
-SUBJECTS = [
-    "a river", "a lighthouse", "two brothers", "an old bridge", "the first snow", "a clockmaker", "a desert town", "a ship",
-    "the night train", "a garden", "a lost letter", "the moon", "a violin", "a mountain pass", "a harbour", "a library",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the report: the median over the rounds of `ours` to `other`, and what it should be.
-
-    A round's two measurements stand next to each other in time, which the medians of both sides do not: the machine's
-    speed changes from minute to minute.
-    """
-
-    name: str
-    unit: str
-    ours: list[float]
-    other: list[float]
-    other_name: str
-    limit: str
-
-    @property
-    def ratio(self) -> float:
-        other = self.other * len(self.ours) if len(self.other) == 1 else self.other
-        return statistics.median(ours / theirs for ours, theirs in zip(self.ours, other, strict=True))
-
-    @property
-    def holds(self) -> bool:
-        comparison, limit = self.limit.split()
-        return self.ratio >= float(limit) if comparison == "≥" else self.ratio <= float(limit)
-
-    def row(self) -> str:
-        def spread(values: list[float]) -> str:
-            return f"{statistics.median(values):.4g} ({min(values):.4g} – {max(values):.4g})"
-
-        mark = "yes" if self.holds else "**no**"
-        return (
-            f"| {self.name} | {spread(self.ours)} {self.unit} | {self.other_name} {spread(self.other)} {self.unit} "
-            f"| {self.ratio:.3g} | {self.limit} | {mark} |"
-        )
-
-
-def story(number: int) -> str:
-    return f"Write a very long story about {SUBJECTS[number % len(SUBJECTS)]}, in many chapters. Number {number}."
-
-
-def random_prompts(lengths: list[int]) -> list[list[int]]:
-    return [[1000 + (37 * number + 11 * position) % 40000 for position in range(n)] for number, n in enumerate(lengths)]
-
-
-def calmest(rounds: int, measure: Callable[[int], T]) -> list[T]:
-    """What `rounds` calls of `measure` gave, those with the least steal.
-
-    A virtual machine's cores are sometimes given to another one in the middle of a round, mostly in one side's half of it.
-    So a round with more than a little of that is measured again, up to three times as many rounds in all.
-    """
-    measured: list[tuple[float, T]] = []
-    for number in range(3 * rounds):
-        before = harness.cpu_times()
-        result = measure(number)
-        measured.append((harness.steal(before, harness.cpu_times()), result))
-        if sum(stolen <= _QUIET for stolen, _ in measured) >= rounds:
-            break
-    measured.sort(key=lambda each: each[0])
-    print(
-        f"  {len(measured)} rounds; {measured[rounds - 1][0]:.1%} of the cores or less stolen in those that count",
-        file=sys.stderr,
-    )
-    return [result for _, result in measured[:rounds]]
-
-
-def paired(rounds: int, measure: Callable[[int], tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Both sides' values of the calmest rounds."""
-    ours, other = zip(*calmest(rounds, measure), strict=True)
-    return list(ours), list(other)
 
 
 def one_stream(rounds: int = 7, num_tokens: int = 100) -> Iterator[Figure]:
@@ -341,8 +261,7 @@ def main(names: list[str]) -> int:
             print(figure.row(), file=sys.stderr)
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    head = "| figure | llmserve | other | ratio | should be | holds |\n|---|---|---|---|---|---|\n"
-    report = head + "\n".join(figure.row() for figure in figures) + "\n"
+    report = HEAD + "\n".join(figure.row() for figure in figures) + "\n"
     stamp = f"{'-'.join(names) or 'all'}"
     (folder / f"{stamp}.md").write_text(report)
     (folder / f"{stamp}.json").write_text(

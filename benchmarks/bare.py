@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 from ctransformers.llm import LLM, Config
@@ -67,17 +68,26 @@ def run(loops: list[Loop], prompts: list[list[int]], num_tokens: int, threads: i
     return time.perf_counter() - begun, sum(decoding)
 
 
-def main(path: str) -> None:
-    loops: list[Loop] = []
+def serve(run: Callable[[int, int, list[list[int]], int], tuple[float, float]]) -> None:
+    """Answer the commands of standard input with what `run` says of (slots, threads, prompts, num_tokens)."""
     for line in sys.stdin:
         command = json.loads(line)
         answer = {}
         for slots, threads in command["splits"]:
-            while len(loops) < slots:
-                loops.append(Loop(path))
-            whole, decoding = run(loops[:slots], command["prompts"], command["num_tokens"], threads)
+            whole, decoding = run(slots, threads, command["prompts"], command["num_tokens"])
             answer[f"{slots}x{threads}"] = decoding if command.get("only") == "decode" else whole
         print(json.dumps(answer), flush=True)
+
+
+def main(path: str) -> None:
+    loops: list[Loop] = []
+
+    def work(slots: int, threads: int, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
+        while len(loops) < slots:
+            loops.append(Loop(path))
+        return run(loops[:slots], prompts, num_tokens, threads)
+
+    serve(work)
 
 
 if __name__ == "__main__":

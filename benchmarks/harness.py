@@ -19,6 +19,10 @@ from typing import Any
 
 PYTHON = sys.executable
 MODEL = "smollm2-135m-instruct"
+SUBJECTS = [
+    "a river", "a lighthouse", "two brothers", "an old bridge", "the first snow", "a clockmaker", "a desert town", "a ship",
+    "the night train", "a garden", "a lost letter", "the moon", "a violin", "a mountain pass", "a harbour", "a library",
+]  # fmt: skip
 
 
 def free_port() -> int:
@@ -73,23 +77,41 @@ class Server:
 
     def worker_pid(self) -> int:
         """gunicorn's worker: the process that has the models."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        return _children(self.process.pid)[0]
+
+    def cpu_seconds(self) -> float:
+        """What its processes have computed, without what the host took away meanwhile (proc(5), /proc/PID/stat)."""
+        pids = [self.process.pid, *_children(self.process.pid)]
+        ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+        return sum(int(user) + int(system) for user, system in ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def process(
+    command: list[str], port: int, *, environ: dict[str, str] | None = None, log: Path | None = None
+) -> Iterator[Server]:
+    """A server that this command starts on that port, in a process of its own; what it says goes to `log`."""
+    with (log or Path(os.devnull)).open("wb") as output:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, env={**os.environ, **(environ or {})}, stdout=output, stderr=output)
+    try:
+        yield Server(port, child, started)
+    finally:
+        child.terminate()
+        child.wait(60)
 
 
 @contextmanager
 def gunicorn(*arguments: str, environ: dict[str, str] | None = None, log: Path | None = None) -> Iterator[Server]:
-    """A gunicorn on a free port, in a process of its own; what it says goes to `log`."""
+    """A gunicorn on a free port."""
     port = free_port()
     command = [PYTHON, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", *arguments]
-    with (log or Path(os.devnull)).open("wb") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, env={**os.environ, **(environ or {})}, stdout=output, stderr=output)
-    try:
-        yield Server(port, process, started)
-    finally:
-        process.terminate()
-        process.wait(60)
+    with process(command, port, environ=environ, log=log) as server:
+        yield server
 
 
 @contextmanager
@@ -144,48 +166,91 @@ def model_path() -> Path:
     return Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="ctransformers")).model.path
 
 
+def batch_model() -> tuple[Path, bool]:
+    """The default model's file as llama.cpp runs it, and whether it does so with repacked weights."""
+    from llmserve.config import DEFAULT_MODEL, load
+    from llmserve.models.batch_model import PreparedBatch
+    from llmserve.models.loading import Loader
+
+    prepared = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp"))
+    assert isinstance(prepared, PreparedBatch)
+    return prepared.path, prepared.repack
+
+
 @dataclass(frozen=True)
 class Stream:
     """What a client saw of one stream. Times in seconds from the moment the request was sent."""
 
-    first: float
-    last: float
+    times: tuple[float, ...]
+    """Of each non-empty content."""
     total: float
     num_tokens: int
     num_prompt_tokens: int
+    num_cached_tokens: int
+    finish_reason: str
     text: str
 
+    @property
+    def first(self) -> float:
+        return self.times[0]
 
-def chat(port: int, content: str, max_tokens: int, *, system: str = "", model: str = MODEL, **options: Any) -> Stream:
-    """One streamed chat completion over a raw socket. The response cache is bypassed unless headers say otherwise."""
+    @property
+    def last(self) -> float:
+        return self.times[-1]
+
+
+def chat(port: int, content: str, max_tokens: int, *, system: str = "", **options: Any) -> Stream:
+    """One streamed chat completion over a raw socket. The response cache is bypassed."""
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": content}]
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, **options}
-    payload = json.dumps(body).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Cache-Control: no-store\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
+    request = chat_request(messages, max_tokens, **options)
     with socket.create_connection(("127.0.0.1", port), timeout=600) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         begun = time.perf_counter()
-        connection.sendall(head.encode() + payload)
+        connection.sendall(request)
         arrivals: list[tuple[float, bytes]] = []
         while piece := connection.recv(65536):
             arrivals.append((time.perf_counter() - begun, piece))
-    return _read(arrivals, time.perf_counter() - begun)
+    return read_stream(arrivals)
 
 
-def _read(arrivals: list[tuple[float, bytes]], total: float) -> Stream:
-    """Parse afterwards, so that the client's own work is not in the way of what it measures."""
-    raw = b"".join(piece for _, piece in arrivals)
-    if not raw.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(raw.decode(errors="replace")[:500])
-    times = [time for time, piece in arrivals if b'"content":' in piece and b'"content":""' not in piece]
-    events = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: {")]
-    usage = events[-1]["usage"]
-    text = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
-    return Stream(times[0], times[-1], total, usage["completion_tokens"], usage["prompt_tokens"], text)
+def chat_request(
+    messages: list[dict[str, str]], max_tokens: int, *, model: str = MODEL, store: bool = False, **options: Any
+) -> bytes:
+    """A deterministic, streamed chat completion on the wire. The response cache may `store` the answer, or is bypassed."""
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, **options}
+    payload = json.dumps(body).encode()
+    bypass = "" if store else "Cache-Control: no-store\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"{bypass}Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
+    return head.encode() + payload
+
+
+def read_stream(arrivals: list[tuple[float, bytes]]) -> Stream:
+    """What came, and when. Parsed afterwards, so that the client's own work is not in the way of what it measures."""
+    if not arrivals or not arrivals[0][1].startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(b"".join(piece for _, piece in arrivals).decode(errors="replace")[:500])
+    events: list[tuple[float, Any]] = []
+    rest = b""
+    for moment, piece in arrivals:
+        *lines, rest = (rest + piece).split(b"\n")
+        events += [(moment, json.loads(line[6:])) for line in lines if line.startswith(b"data: {")]
+    choices = [(moment, choice) for moment, event in events for choice in event.get("choices", [])]
+    contents = [(moment, content) for moment, choice in choices if (content := choice["delta"].get("content"))]
+    if not contents:
+        raise RuntimeError(f"a stream without content: {events[-1:]}")
+    usage = next((event["usage"] for _, event in reversed(events) if event.get("usage")), {})
+    return Stream(
+        times=tuple(moment for moment, _ in contents),
+        total=arrivals[-1][0],
+        num_tokens=usage.get("completion_tokens", len(contents)),  # who tells nothing sends one at a time
+        num_prompt_tokens=usage.get("prompt_tokens", 0),
+        num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+        finish_reason=next((choice["finish_reason"] for _, choice in choices if choice.get("finish_reason")), ""),
+        text="".join(content for _, content in contents),
+    )
 
 
 def at_once(calls: list[Any]) -> tuple[list[Any], float]:
@@ -208,10 +273,10 @@ def at_once(calls: list[Any]) -> tuple[list[Any], float]:
 
 
 class Bare:
-    """The bare loops' process."""
+    """The process of bare loops: of ctransformers (`benchmarks.bare`) or of llama.cpp (`benchmarks.bare_batch`)."""
 
-    def __init__(self, path: Path) -> None:
-        command = [PYTHON, "-m", "benchmarks.bare", str(path)]
+    def __init__(self, path: Path, module: str = "benchmarks.bare", *arguments: str) -> None:
+        command = [PYTHON, "-m", module, str(path), *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(
@@ -227,6 +292,14 @@ class Bare:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+
+
+def story(number: int) -> str:
+    return f"Write a very long story about {SUBJECTS[number % len(SUBJECTS)]}, in many chapters. Number {number}."
+
+
+def random_prompts(lengths: list[int]) -> list[list[int]]:
+    return [[1000 + (37 * number + 11 * position) % 40000 for position in range(n)] for number, n in enumerate(lengths)]
 
 
 def pss(pid: int) -> dict[str, int]:

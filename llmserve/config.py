@@ -96,6 +96,9 @@ class ServerConfig:
     allow_public_without_keys: bool = _option(False, _boolean, "listen beyond loopback although no key is set")
     allowed_hosts: tuple[str, ...] = _option((), _strings, 'Host names answered beside loopback ones; "*" is any')
     cors_origins: tuple[str, ...] = _option((), _strings, 'origins that browsers may call from beside loopback; "*" is any')
+    strict: bool = _option(
+        False, _boolean, "refuse requests with fields that nothing knows, instead of naming them in a header"
+    )
     max_body_size: int = _option(8 * 1024**2, _size, "largest request body")
     request_timeout: float = _option(600.0, _seconds(0.1), "seconds one request may take, waiting included")
     ping_interval: float = _option(15.0, _seconds(0.1), "seconds of silence after which a stream gets a comment line")

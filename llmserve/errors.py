@@ -65,6 +65,16 @@ class TemplateError(InvalidRequest):
     code = "chat_template_error"
 
 
+class InvalidGrammar(InvalidRequest):
+    """A grammar or JSON schema that no answer can be kept within. `path` is the part of the schema, as ".properties.tags"."""
+
+    code = "invalid_grammar"
+
+    def __init__(self, message: str, *, path: str = "", param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.path = path
+
+
 class InvalidAPIKey(InvalidRequest):
     status = 401
     code = "invalid_api_key"

@@ -17,10 +17,12 @@ from enum import StrEnum
 from typing import Any
 
 from llmserve.config import CacheConfig
-from llmserve.engine.generation import Delta, Event, Failed, Generation, GenerationEnd, SamplingParams
+from llmserve.engine.generation import Delta, Event, Failed, Generation, GenerationEnd, PromptScores, SamplingParams, TokenScore
 from llmserve.lru import LRU
 
 _ENTRY_BYTES = 1024  # of an entry beside its events: key, dict slot, the generation with its condition and lock
+
+_SCORE_BYTES = 192  # of a token's score or an alternative's: a tuple, bytes and a number
 
 
 class Outcome(StrEnum):
@@ -36,7 +38,7 @@ def key(sampling: SamplingParams, *shape: Any) -> bytes | None:
     `shape` is everything else that shapes the answer, as JSON values. What has no effect on a greedy choice is left out,
     so requests that differ only in that share their answer.
     """
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty, sampling.logit_bias)
     if sampling.temperature == 0:
         chance: tuple[Any, ...] = ("greedy",)
     elif sampling.seed is not None:
@@ -240,4 +242,9 @@ def _size(generation: Generation) -> int:
     """Bytes of memory that an ended generation takes as an entry."""
     events = generation.read(0, 0)
     texts = sum(sys.getsizeof(event.text) for event in events if isinstance(event, Delta))
-    return _ENTRY_BYTES + sys.getsizeof(events) + sum(map(sys.getsizeof, events)) + texts
+    scores = sum(sum(map(_score_size, event.tokens)) for event in events if isinstance(event, Delta | PromptScores))
+    return _ENTRY_BYTES + sys.getsizeof(events) + sum(map(sys.getsizeof, events)) + texts + scores
+
+
+def _score_size(score: TokenScore) -> int:
+    return _SCORE_BYTES * (1 + len(score.top))

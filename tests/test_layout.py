@@ -16,6 +16,7 @@ DOORS = {
     "gunicorn": ("server",),
     "ctransformers": ("engine/ctransformers_backend",),
     "llama_cpp": ("engine/llamacpp_backend",),
+    "llguidance": ("engine/grammar",),
     "jinja2": ("engine/chat_template",),
     "tokenizers": ("engine/tokenizer",),
     "huggingface_hub": ("models/sources",),

@@ -6,6 +6,7 @@ checks a request can describe it too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -33,8 +34,11 @@ class Parser(Protocol):
 
 
 class String(NamedTuple):
+    """`pattern` is a regular expression of the whole."""
+
     min_length: int = 0
     max_length: int | None = None
+    pattern: str | None = None
 
     @property
     def noun(self) -> str:
@@ -46,6 +50,9 @@ class String(NamedTuple):
     def parse(self, value: JSON, path: str, ignored: list[str]) -> str:
         _check_type(self, value, path)
         _check_length(path, "a string", len(value), self.min_length, self.max_length)
+        if self.pattern is not None and re.fullmatch(self.pattern, value) is None:
+            what, expected = "string does not match pattern", f"a string that matches '^{self.pattern}$'"
+            raise _invalid(path, "invalid_value", what, expected, f"'{_echo(value)}'")
         return str(value)
 
 
@@ -162,13 +169,54 @@ class Strings(NamedTuple):
 
     def parse(self, value: JSON, path: str, ignored: list[str]) -> dict[str, str]:
         _check_type(self, value, path)
-        if len(value) > self.max_properties:
-            most, got = f"an object with at most {self.max_properties} properties", f"an object with {len(value)} properties"
-            raise _invalid(path, "object_above_max_properties", "too many properties", most, got)
+        _check_properties(path, len(value), self.max_properties)
         return {
             self.key.parse(name, path, ignored): self.value.parse(item, f"{path}.{_echo(name)}", ignored)
             for name, item in value.items()
         }
+
+
+class Biases(NamedTuple):
+    """An object whose keys are token ids and whose values are numbers from -`bound` to `bound`."""
+
+    max_properties: int
+    bound: float
+
+    @property
+    def noun(self) -> str:
+        return "an object"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, dict)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> tuple[tuple[int, float], ...]:
+        _check_type(self, value, path)
+        _check_properties(path, len(value), self.max_properties)
+        number = Number(-self.bound, self.bound)
+        return tuple((_token_id(key, path), number.parse(bias, f"{path}.{key}", ignored)) for key, bias in value.items())
+
+
+class PromptForms(NamedTuple):
+    """A prompt or several: a string, strings, token ids, or lists of those. Parsed into a tuple of strings or tuples of ids."""
+
+    max_prompts: int
+    max_id: int
+
+    @property
+    def noun(self) -> str:
+        return "one of a string or an array"
+
+    def accepts(self, value: JSON) -> bool:
+        return isinstance(value, str | list)
+
+    def parse(self, value: JSON, path: str, ignored: list[str]) -> tuple[str | tuple[int, ...], ...]:
+        _check_type(self, value, path)
+        ids = Array(Integer(0, self.max_id), 1)
+        if isinstance(value, str):
+            return (value,)
+        if value and Integer(0, 0).accepts(value[0]):
+            return (ids.parse(value, path, ignored),)
+        return Array(Either(String(), ids), 1, self.max_prompts).parse(value, path, ignored)
 
 
 class Nullable(NamedTuple):
@@ -243,8 +291,9 @@ class Struct:
     declared: ClassVar[Mapping[str, Field]]
 
     def __init_subclass__(cls) -> None:
-        cls.declared = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
-        for name, value in cls.declared.items():
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
+        cls.declared = {**getattr(super(cls, cls), "declared", {}), **own}
+        for name, value in own.items():
             setattr(cls, name, value.default)
 
     def __init__(self, **values: Any) -> None:
@@ -330,6 +379,18 @@ def _check_length(path: str, noun: str, length: int, minimum: int, maximum: int 
     if maximum is not None and length > maximum:
         most, got = f"{noun} with maximum length {maximum}", f"{noun} with length {length}"
         raise _invalid(path, f"{kind}_above_max_length", f"{kind} too long", most, got)
+
+
+def _check_properties(path: str, number: int, maximum: int) -> None:
+    if number > maximum:
+        most, got = f"an object with at most {maximum} properties", f"an object with {number} properties"
+        raise _invalid(path, "object_above_max_properties", "too many properties", most, got)
+
+
+def _token_id(key: str, path: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", key):
+        raise _invalid(path, "invalid_value", "invalid key", "token ids as keys", f"'{_echo(key)}'")
+    return int(key)
 
 
 def _check_range(path: str, kind: str, value: float, minimum: float, maximum: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from llmserve.api import JSON
 from llmserve.api.connection import ClientGone
@@ -27,6 +28,7 @@ _STREAM_HEADERS = [
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),  # nginx would hold the stream back
 ]
+_MAX_IGNORED_NAMES = 20
 _LONGEST_MESSAGE = 800  # characters
 _DEFAULT_RETRY_AFTER = 1.0  # seconds
 _TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -87,6 +89,14 @@ def error_response(error: APIError) -> Response:
 def internal_error() -> APIError:
     """What a client is told of a bug: nothing. The log has it."""
     return APIError("The server had an error while processing your request. Sorry about that!")
+
+
+def ignored_header(names: Sequence[str]) -> HeaderList:
+    """Says which fields nothing knows: names that a client made up, in a form and number that fit a header."""
+    if not names:
+        return []
+    shown = [re.sub(r"[^\w.\[\]-]", "?", name[:64], flags=re.ASCII) for name in names[:_MAX_IGNORED_NAMES]]
+    return [("X-LLMServe-Ignored", ", ".join(shown + ["..."] * (len(names) > _MAX_IGNORED_NAMES)))]
 
 
 def event_stream(request: Request, writes: Iterator[bytes], headers: HeaderList, ping_interval: float) -> Response:

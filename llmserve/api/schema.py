@@ -6,6 +6,7 @@ A struct's fields have the names of the wire; its methods give what the engine u
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from llmserve.api import JSON
 from llmserve.api.fields import (
@@ -14,23 +15,33 @@ from llmserve.api.fields import (
     Either,
     Integer,
     Nullable,
-    Number,
     Object,
     OneOf,
     String,
-    Strings,
     Struct,
     Tagged,
     Unsupported,
     optional,
     required,
 )
-from llmserve.engine.generation import SamplingParams
-from llmserve.errors import InvalidParameter, InvalidRequest
+from llmserve.api.parameters import (
+    INT32_MAX,
+    RESPONSE_FORMAT,
+    GenerationFields,
+    Guide,
+    JSONObjectFormat,
+    JSONSchemaFormat,
+    ResponseFormat,
+    check_fields,
+    check_model,
+)
+from llmserve.engine.generation import GenerationParams, Grammar
+from llmserve.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from llmserve.engine.engine import Engine
 
 _MAX_DEPTH = 64  # of arrays and objects in each other
-_INT32_MAX = 2**31 - 1
-_MAX_STOP_STRINGS = 16
 
 
 def _refuse_constant(name: str) -> JSON:
@@ -143,51 +154,28 @@ _MESSAGE = Tagged(
 )
 
 
-class StreamOptions(Struct):
-    include_usage: bool = optional(Boolean(), False)
-    include_obfuscation: bool = optional(Boolean(), False)  # padding against eavesdroppers: none is ever sent
-
-
-_RESPONSE_FORMAT = Tagged("type", dict.fromkeys(("text", "json_object", "json_schema"), Object()))
-
-
-class ChatRequest(Struct):
+class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions: what is honoured, what is only checked, what is refused."""
 
-    model: str = required(String())
     messages: tuple[Message, ...] = required(Array(_MESSAGE, min_length=1))
-    max_completion_tokens: int | None = optional(Integer(1, _INT32_MAX))
-    max_tokens: int | None = optional(Integer(1, _INT32_MAX))
-    n: int = optional(Integer(1, 128), 1)
-    stop: str | tuple[str, ...] = optional(Either(String(1), Array(String(1), max_length=_MAX_STOP_STRINGS)), ())
-    stream: bool = optional(Boolean(), False)
-    stream_options: StreamOptions | None = optional(StreamOptions)
-    seed: int | None = optional(Integer(-(2**63), 2**63 - 1))
-    temperature: float = optional(Number(0, 2), 1.0)
-    top_p: float = optional(Number(0, 1), 1.0)
-    top_k: int = optional(Integer(-1, _INT32_MAX), 0)
-    min_p: float = optional(Number(0, 1), 0.0)
-    presence_penalty: float = optional(Number(-2, 2), 0.0)
-    frequency_penalty: float = optional(Number(-2, 2), 0.0)
-    repetition_penalty: float = optional(Number(0.01, 2), 1.0)
+    max_completion_tokens: int | None = optional(Integer(1, INT32_MAX))
+    logprobs: bool = optional(Boolean(), False)
+    top_logprobs: int | None = optional(Integer(0, 20))
+    response_format: ResponseFormat | None = optional(RESPONSE_FORMAT)
+    continue_final_message: bool = optional(Boolean(), False)
+    add_generation_prompt: bool = optional(Boolean(), True)
+    chat_template_kwargs: dict[str, JSON] = optional(Object(), {})
 
-    user: str | None = optional(String())
     safety_identifier: str | None = optional(String())
     prompt_cache_key: str | None = optional(String())
     prompt_cache_retention: str | None = optional(OneOf(("in_memory", "in-memory", "24h")))
     prompt_cache_options: dict[str, JSON] | None = optional(Object())
-    metadata: dict[str, str] | None = optional(Strings(16, String(max_length=64), String(max_length=512)))
     store: bool = optional(Boolean(), False)
-    service_tier: str | None = optional(OneOf(("auto", "default", "flex", "scale", "priority", "fast")))
     prediction: dict[str, JSON] | None = optional(Object())
     parallel_tool_calls: bool = optional(Boolean(), True)
     reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
     verbosity: str | None = optional(OneOf(("low", "medium", "high")))
 
-    logprobs: None = optional(Unsupported(Boolean(), (False,)))
-    top_logprobs: None = optional(Unsupported(Integer(0, 20), (0,)))
-    logit_bias: None = optional(Unsupported(Object(), ({},)))
-    response_format: None = optional(Unsupported(_RESPONSE_FORMAT, ({"type": "text"},)))
     tools: None = optional(Unsupported(Array(Object()), ([],)))
     tool_choice: None = optional(Unsupported(Either(String(), Object()), ("none", "auto")))
     functions: None = optional(Unsupported(Array(Object()), ([],)))
@@ -203,35 +191,49 @@ class ChatRequest(Struct):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else self.stop
+    def num_logprobs(self) -> int | None:
+        """Alternatives to each token whose scores are asked for; None asks for no scores at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def guides(self) -> list[Guide]:
+        guides = super().guides
+        if isinstance(self.response_format, JSONObjectFormat):
+            guides.insert(0, Guide("response_format", Grammar("json_schema", '{"type": "object"}')))
+        elif isinstance(self.response_format, JSONSchemaFormat):
+            schema = json.dumps(self.response_format.json_schema.schema, ensure_ascii=False)
+            guides.insert(0, Guide("response_format.json_schema.schema", Grammar("json_schema", schema)))
+        return guides
 
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        opening = (self.continue_final_message, self.add_generation_prompt, self.chat_template_kwargs)
+        return *super().shape, self.token_limit, self.num_logprobs, opening
+
+    def params(self, max_tokens: int, engine: Engine) -> GenerationParams:
+        return super().params(max_tokens, engine)._replace(logprobs=self.num_logprobs)
+
+
+_RESERVED_VARIABLES = frozenset(("self", "messages", "tools", "add_generation_prompt"))
 
 
 def parse_chat(body: dict[str, JSON]) -> tuple[ChatRequest, list[str]]:
     """A checked chat request, and the paths of the fields that nothing knows. Raises InvalidRequest."""
-    if body.get("model") is None:
-        raise InvalidRequest("you must provide a model parameter")
+    check_model(body)
     ignored: list[str] = []
     chat = ChatRequest.parse(body, "", ignored)
-    if chat.stream_options is not None and not chat.stream:
-        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-        raise InvalidParameter(message, param="stream_options", code=None)
+    check_fields(chat)
+    if chat.top_logprobs and not chat.logprobs:
+        message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
+        raise InvalidParameter(message, param="top_logprobs")
+    for name in chat.chat_template_kwargs:
+        if name in _RESERVED_VARIABLES:
+            message = f"'{name}' is a parameter of its own and cannot be set in 'chat_template_kwargs'."
+            raise InvalidParameter(message, param="chat_template_kwargs")
+    last = chat.messages[-1]
+    if chat.continue_final_message and not (isinstance(last, AssistantMessage) and _text(last.content) and not last.tool_calls):
+        message = "With 'continue_final_message' the last message must be an assistant's, with text and without tool calls."
+        raise InvalidParameter(message, param="continue_final_message")
     return chat, ignored
 
 

@@ -12,6 +12,7 @@ from llmserve.api.context import Context, Request
 from llmserve.api.responses import Response, json_response
 
 CHAT = "llmserve.api.chat:create"
+COMPLETIONS = "llmserve.api.completions:create"
 ACT = "llmserve.api.models:act"
 
 URLS = Map(
@@ -21,6 +22,7 @@ URLS = Map(
         Rule("/livez", methods=["GET"], endpoint="llmserve.api.ops:livez"),
         Rule("/readyz", methods=["GET"], endpoint="llmserve.api.ops:readyz"),
         Rule("/v1/chat/completions", methods=["POST"], endpoint=CHAT),
+        Rule("/v1/completions", methods=["POST"], endpoint=COMPLETIONS),
         Rule("/v1/models", methods=["GET"], endpoint="llmserve.api.models:index"),
         Rule("/v1/models/<path:name>", methods=["GET"], endpoint="llmserve.api.models:retrieve"),
         Rule("/v1/models/<path:name>", methods=["POST"], endpoint=ACT),
@@ -29,7 +31,7 @@ URLS = Map(
     merge_slashes=False,
 )
 
-LONG = frozenset({CHAT, ACT})
+LONG = frozenset({CHAT, COMPLETIONS, ACT})
 """Endpoints that may take long: they pass the gate that keeps threads free for the others."""
 
 

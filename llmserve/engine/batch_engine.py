@@ -19,7 +19,8 @@ from llmserve.engine.backend import BatchBackend, Logits, Piece
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
-from llmserve.engine.generation import ChoiceEnd, Delta
+from llmserve.engine.generation import ChoiceEnd, PromptScores
+from llmserve.engine.logprobs import PromptScorer
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import common_prefix_length, gain
 from llmserve.engine.speculation import PassCost, PromptLookup
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _LEAST_SHARED = 32
 """Tokens that two prompts must have in common for cells to be copied, or waited for: fewer are evaluated as fast."""
+
+_NO_TOKEN = -1
 
 CHUNKS_ALONE = 2
 """Prefill chunks in a pass that no decoding sequence waits for: larger batches are faster, but whoever comes waits for their end."""
@@ -57,6 +60,7 @@ class _Lane:
     due: int = 0  # who is due first is read first: the prompt tokens read before it came, and its own
     leader: _Lane | None = None  # holds, or will hold, the beginning of this one's prompt
     num_shared: int = 0  # tokens to take from the leader
+    scorer: PromptScorer | None = None  # of a prompt whose tokens' probabilities are asked for
     lookup: PromptLookup | None = None  # of a sequence that decodes
     last_used: float = 0.0
 
@@ -148,7 +152,8 @@ class BatchEngine(Engine):
     def _occupy(self, free: Ids[_Lane], choice: _Choice) -> _Lane:
         """Put a choice into one of the free lanes, with as much of its prompt as that one holds or another one promises."""
         prompt_ids = choice.job.prompt_ids
-        shared = {lane.number: self._num_shared(lane, prompt_ids) for lane in self._lanes}
+        scored = choice.job.params.prompt_logprobs and choice.index == 0  # by a pass over all of it
+        shared = {lane.number: 0 if scored else self._num_shared(lane, prompt_ids) for lane in self._lanes}
         lane = max(free, key=lambda lane: (gain(shared[lane.number], len(lane.token_ids)), -lane.last_used))
         for other in self._lanes:
             if other.leader is lane:
@@ -157,7 +162,8 @@ class BatchEngine(Engine):
         self._truncate(lane, num_kept)
         lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
         lane.due = self._num_read + len(lane.pending)
-        lane.sequence = Sequence(choice.index, prompt_ids, choice.job.params, self.tokenizer)
+        lane.sequence = self._sequence(choice.job, choice.index)
+        lane.scorer = self._prompt_scorer(choice.job) if scored else None
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
             lane.leader, lane.num_shared = self._lanes[best], shared[best]
@@ -196,7 +202,7 @@ class BatchEngine(Engine):
         """The lane is free; what it holds stays, for whoever begins alike."""
         assert lane.choice is not None and lane.sequence is not None
         lane.choice.job.num_output_tokens += lane.sequence.num_output_tokens
-        lane.choice = lane.sequence = lane.leader = lane.lookup = None
+        lane.choice = lane.sequence = lane.leader = lane.scorer = lane.lookup = None
         lane.reading = False
         lane.pending = []
         lane.num_drafted = 0
@@ -263,6 +269,8 @@ class BatchEngine(Engine):
             self._backend.forward(pieces, threads)
             self._pass_cost.observe(num_tokens, self._clock() - begun)
         for index, (lane, piece) in enumerate(zip((lane for lane, _ in batch), pieces, strict=True)):
+            if lane.scorer is not None:
+                self._score(lane, lane.scorer, index, piece)
             lane.token_ids += piece.token_ids
             del lane.pending[: len(piece.token_ids)]
             if not lane.pending:
@@ -270,7 +278,16 @@ class BatchEngine(Engine):
 
     def _piece(self, lane: _Lane, num_tokens: int) -> Piece:
         token_ids = lane.pending[:num_tokens]
-        return Piece(lane.number, len(lane.token_ids), token_ids, num_tokens == len(lane.pending), lane.num_drafted > 0)
+        wants_all = lane.num_drafted > 0 or lane.scorer is not None
+        return Piece(lane.number, len(lane.token_ids), token_ids, num_tokens == len(lane.pending), wants_all)
+
+    def _score(self, lane: _Lane, scorer: PromptScorer, index: int, piece: Piece) -> None:
+        """Take the scores of a piece of the prompt, which is piece `index` of the pass."""
+        for token in range(len(piece.token_ids)):
+            scorer.push(self._backend.logits(index, token))
+        if piece.wants_logits and lane.choice is not None:
+            lane.choice.job.generation.publish(PromptScores(0, tuple(scorer.tokens)))
+            lane.scorer = None
 
     def _take(self, lane: _Lane, index: int, piece: Piece) -> None:
         """Sample after the last token that is certain, and again after every drafted one that turns out to be what was sampled.
@@ -291,16 +308,18 @@ class BatchEngine(Engine):
             self._truncate(lane, len(lane.token_ids) - num_wrong)
 
     def _sample(self, lane: _Lane, logits: Logits) -> int:
-        """Choose the next token of a lane and say what it means."""
+        """Choose the next token of a lane and say what it means. One that may have none is complete as it is."""
         choice, sequence = lane.choice, lane.sequence
         assert choice is not None and sequence is not None
         job = choice.job
         if lane.reading:
             lane.reading = False
             job.prefill_time = job.prefill_time or self._clock() - job.started
-        token_id = sequence.sample(logits)
-        if text := sequence.append(token_id):
-            job.generation.publish(Delta(choice.index, text))
+        token_id = _NO_TOKEN
+        if sequence.finish_reason is None:
+            token_id = sequence.sample(logits)
+            if delta := sequence.append(token_id):
+                job.generation.publish(delta)
         if sequence.finish_reason is None:
             lane.pending = [token_id]
             self._look_up(lane, token_id)

@@ -18,6 +18,11 @@ class Detokenizer:
         """The characters that are complete with `piece`, often none or several."""
         return self._decoder.decode(piece)
 
+    @property
+    def pending(self) -> bool:
+        """Whether a part of a character is held."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """What was held of a character that never came whole, as U+FFFD. The end of the sequence."""
         return self._decoder.decode(b"", final=True)

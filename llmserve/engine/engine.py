@@ -17,7 +17,10 @@ from dataclasses import dataclass
 
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, Passes
+from llmserve.engine.constraint import Constraint, Constraints
 from llmserve.engine.generation import Failed, Generation, GenerationEnd, GenerationParams
+from llmserve.engine.logprobs import PromptScorer, TokenScorer
+from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 from llmserve.errors import APIError, EngineFailed, QueueFull, ShuttingDown
@@ -72,6 +75,7 @@ class Job:
     params: GenerationParams
     generation: Generation
     submitted: float
+    constraint: Constraint | None = None  # to be copied for each choice
     started: float = 0.0
     num_cached_tokens: int = 0
     prefill_time: float = 0.0
@@ -127,6 +131,7 @@ class Engine(ABC):
         self._seconds_per_request = _SECONDS_PER_REQUEST_AT_FIRST  # guarded by _condition; a moving average
         self._num_slots = num_slots
         self._callback: Callable[[APIError], None] | None = None  # guarded by _condition; of on_death
+        self._constraints = Constraints(tokenizer)
         self._threads: list[threading.Thread] = []
 
     @abstractmethod
@@ -147,14 +152,15 @@ class Engine(ABC):
             self._callback = callback
 
     def submit(self, prompt_ids: Ids[int], params: GenerationParams, generation: Generation | None = None) -> Generation:
-        """Queue a generation, in the log that is given. Raises QueueFull, with the seconds after which there should be room,
-        and ShuttingDown.
+        """Queue a generation, in the log that is given. Raises InvalidGrammar, ShuttingDown, and QueueFull with the
+        seconds after which there should be room.
 
         The prompt has at least one token, and prompt and `max_tokens` fit `context_length`: the caller has checked.
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens do not fit {self.context_length}")
-        job = Job(list(prompt_ids), params, generation or Generation(), submitted=self._clock())
+        constraint = None if params.grammar is None else self._constraints.get(params.grammar)
+        job = Job(list(prompt_ids), params, generation or Generation(), submitted=self._clock(), constraint=constraint)
         with self._condition:
             if self._closed_with is not None:
                 raise copy(self._closed_with)
@@ -218,6 +224,14 @@ class Engine(ABC):
         job.started = self._clock()
         self._running.add(job)
         return job
+
+    def _sequence(self, job: Job, index: int) -> Sequence:
+        """Choice `index` of a job, at its beginning."""
+        constraint = None if job.constraint is None else job.constraint.copy()
+        return Sequence(index, job.prompt_ids, job.params, self.tokenizer, constraint)
+
+    def _prompt_scorer(self, job: Job) -> PromptScorer:
+        return PromptScorer(job.prompt_ids, TokenScorer(job.params.logprobs or 0, self.tokenizer))
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """The job is over: say so, count it, and give its place to the next."""

@@ -16,15 +16,15 @@ from llmserve.errors import APIError
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an EOS token or a stop string
-    LENGTH = "length"  # max_tokens
+    STOP = "stop"  # an EOS token, a stop string, or the end of a grammar
+    LENGTH = "length"  # max_tokens, or a grammar that cannot go on
 
 
 class SamplingParams(NamedTuple):
     """How the next token is chosen. The defaults sample from the model's own distribution.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and the other penalties 0 are off.
-    `seed` None draws a fresh one.
+    `seed` None draws a fresh one. `logit_bias` adds to the scores of token ids.
     """
 
     temperature: float = 1.0
@@ -35,22 +35,62 @@ class SamplingParams(NamedTuple):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+class Grammar(NamedTuple):
+    """What an answer is kept within: "json_schema" (`text` is the schema's JSON), "regex" (the whole answer matches it) or "lark"."""
+
+    kind: str
+    text: str
 
 
 class GenerationParams(NamedTuple):
-    """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt."""
+    """What one generation is to make: `n` choices of at most `max_tokens` each, sampled separately from one prompt.
+
+    No choice ends within its first `min_tokens`, or with `ignore_eos` by an EOS token; `stop_token_ids` end one like EOS does.
+    `logprobs` asks for the scores of the choices' tokens with so many alternatives, and with `prompt_logprobs` for the prompt's too.
+    """
 
     max_tokens: int
     n: int = 1
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+class TokenScore(NamedTuple):
+    """A token's logarithmic probability in the model's own distribution, and those of the likeliest in its place, likeliest first.
+
+    `piece` has the token's bytes, but for what a stop string cut off. `logprob` None: the first token of a prompt.
+    """
+
+    piece: bytes
+    logprob: float | None
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+class PromptScores(NamedTuple):
+    """The scores of every token of the prompt, before the first delta of `choice`."""
+
+    choice: int
+    tokens: tuple[TokenScore, ...]
 
 
 class Delta(NamedTuple):
-    """New text of one choice: never empty, never half a character, never part of a stop string."""
+    """New text of one choice: never half a character, never part of a stop string; never empty without `tokens`.
+
+    `tokens` are those that the text ends with it, when they were asked for.
+    """
 
     choice: int
     text: str
+    tokens: tuple[TokenScore, ...] = ()
 
 
 class ChoiceEnd(NamedTuple):
@@ -79,14 +119,14 @@ class Failed(NamedTuple):
     error: APIError
 
 
-Event = Delta | ChoiceEnd | GenerationEnd | Failed
+Event = PromptScores | Delta | ChoiceEnd | GenerationEnd | Failed
 
 
 class Generation:
     """The event log of one request in an engine. Thread-safe: one engine publishes, any number of readers follow.
 
     A reader keeps its own cursor (the number of events it has seen), so several clients can share one generation. The
-    log ends with `GenerationEnd` or `Failed`. It is bounded by `n * (max_tokens + 2)` events.
+    log ends with `GenerationEnd` or `Failed`. It is bounded by `n * (max_tokens + 2)` events and one of the prompt's scores.
     """
 
     def __init__(self) -> None:

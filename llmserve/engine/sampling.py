@@ -1,4 +1,4 @@
-"""Choose the next token from raw logits: penalties, temperature, top-k, top-p, min-p, then one seeded draw.
+"""Choose the next token from raw logits: biases, penalties, temperature, top-k, top-p, min-p, then one seeded draw.
 
 The same for every backend. Works on the few candidates that matter and never sorts a vocabulary: greedy is one argmax,
 a draw from the whole distribution is one exp and a sum over blocks.
@@ -32,11 +32,16 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], choice: int = 0) -> None:
         self._params = params
         self._greedy = params.temperature < GREEDY_BELOW
+        self._biased_ids = [token_id for token_id, _ in params.logit_bias]
+        self._biases = np.array([bias for _, bias in params.logit_bias], dtype=np.float32)
         self._penalties = _Penalties(params, prompt_ids) if _has_penalties(params) else None
         self._rng = None if self._greedy else _generator(params.seed, choice)
 
     def sample(self, logits: Logits) -> int:
         """The next token id from scores of shape (vocab_size,), which are left as they are. Raises ValueError on NaN."""
+        if self._biased_ids:
+            logits = logits.copy()
+            logits[self._biased_ids] += self._biases
         if self._penalties is not None:
             logits = self._penalties.apply(logits)
         token_id = int(logits.argmax())

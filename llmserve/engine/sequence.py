@@ -4,52 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 
+import numpy as np
+
 from llmserve.engine.backend import Logits
+from llmserve.engine.constraint import Constraint
 from llmserve.engine.detokenizer import Detokenizer
-from llmserve.engine.generation import FinishReason, GenerationParams
+from llmserve.engine.generation import Delta, FinishReason, GenerationParams, TokenScore
+from llmserve.engine.logprobs import Ledger, TokenScorer
 from llmserve.engine.sampling import Sampler
 from llmserve.engine.stopping import StopMatcher
 from llmserve.engine.tokenizer import Tokenizer
 
 
 class Sequence:
-    """The state of choice `index`. Not thread-safe: the thread that runs it owns it."""
+    """The state of choice `index`. Not thread-safe: the thread that runs it owns it.
 
-    def __init__(self, index: int, prompt_ids: Ids[int], params: GenerationParams, tokenizer: Tokenizer) -> None:
+    One that may have no token at all is complete from the start.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: Ids[int],
+        params: GenerationParams,
+        tokenizer: Tokenizer,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """`constraint` is the sequence's own from now on."""
         self.index = index
         self.num_output_tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self._max_tokens = params.max_tokens
+        self.finish_reason: FinishReason | None = None if params.max_tokens else FinishReason.LENGTH
+        self._params = params
         self._tokenizer = tokenizer
         self._sampler = Sampler(params.sampling, prompt_ids, index)
         self._detokenizer = Detokenizer()
         self._stop_matcher = StopMatcher(params.stop)
+        self._constraint = constraint
+        self._ends = tokenizer.eos_token_ids.union(params.stop_token_ids)
+        self._scorer = None if params.logprobs is None else TokenScorer(params.logprobs, tokenizer)
+        self._score: TokenScore | None = None  # of the token just sampled
+        self._ledger = Ledger()
 
     @property
     def num_left(self) -> int:
         """Most tokens it may still get."""
-        return self._max_tokens - self.num_output_tokens
+        return self._params.max_tokens - self.num_output_tokens
 
     def sample(self, logits: Logits) -> int:
-        return self._sampler.sample(logits)
+        """The next token id from the model's own scores, which are left as they are."""
+        scores = logits if self._constraint is None else self._constraint.apply(logits)
+        if self._params.ignore_eos or self.num_output_tokens < self._params.min_tokens:
+            scores = self._without_ends(scores)
+        token_id = self._sampler.sample(scores)
+        if self._scorer is not None:
+            self._score = self._scorer.score(logits, token_id)
+        return token_id
 
-    def append(self, token_id: int) -> str:
-        """Take the sampled id; the text that is certain now, often "". Sets `finish_reason` when it was the last one.
+    def append(self, token_id: int) -> Delta | None:
+        """Take the sampled id; what is certain now, often nothing. Sets `finish_reason` when it was the last one.
 
         An EOS token ends the sequence and is no part of it: neither its text nor its count.
         """
-        if token_id in self._tokenizer.eos_token_ids:
+        if token_id in self._ends:
             self.finish_reason = FinishReason.STOP
-            return self._flush()
+            return self._delta(self._flush())
         self.num_output_tokens += 1
-        text = self._stop_matcher.push(self._detokenizer.push(self._tokenizer.piece(token_id)))
+        text = self._push(self._detokenizer.push(self._tokenizer.piece(token_id)))
         if self._stop_matcher.matched is not None:
             self.finish_reason = FinishReason.STOP
-        elif self.num_output_tokens >= self._max_tokens:
+        elif self._constraint is not None:
+            self._advance(self._constraint, token_id)
+        if self.finish_reason is None and self.num_output_tokens >= self._params.max_tokens:
             self.finish_reason = FinishReason.LENGTH
+        if self.finish_reason is not None and self._stop_matcher.matched is None:
             text += self._flush()
-        return text
+        return self._delta(text)
+
+    def _push(self, text: str) -> str:
+        """What of new text is certain to stand before any stop string; there is none within the first `min_tokens`."""
+        if self._score is not None:
+            self._ledger.push(self._score, text, self._detokenizer.pending)
+        return text if self.num_output_tokens <= self._params.min_tokens else self._stop_matcher.push(text)
+
+    def _advance(self, constraint: Constraint, token_id: int) -> None:
+        """Take the id in the grammar too."""
+        constraint.advance(token_id)
+        if constraint.complete:
+            self.finish_reason = FinishReason.STOP
+        elif constraint.stuck:
+            self.finish_reason = FinishReason.LENGTH
 
     def _flush(self) -> str:
         text = self._stop_matcher.push(self._detokenizer.flush())
         return text if self._stop_matcher.matched is not None else text + self._stop_matcher.flush()
+
+    def _delta(self, text: str) -> Delta | None:
+        tokens = self._ledger.release(len(text))
+        if self._stop_matcher.matched is not None:
+            tokens += self._ledger.cut()
+        return Delta(self.index, text, tokens) if text or tokens else None
+
+    def _without_ends(self, scores: Logits) -> Logits:
+        """Scores with which no token ends the sequence, unless nothing else is left."""
+        others = scores.copy()
+        others[
+            list(self._tokenizer.eos_token_ids if self.num_output_tokens >= self._params.min_tokens else self._ends)
+        ] = -np.inf
+        return others if np.isfinite(others.max()) else scores

@@ -16,8 +16,7 @@ from llmserve.engine.backend import Backend, Logits
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
-from llmserve.engine.generation import ChoiceEnd, Delta
-from llmserve.engine.sequence import Sequence
+from llmserve.engine.generation import ChoiceEnd, PromptScores
 from llmserve.engine.slots import Slot
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -82,25 +81,29 @@ class SlotEngine(Engine):
         except Exception as error:
             log.exception("the engine failed during a generation")
             return error
+        finally:
+            if job.params.prompt_logprobs:  # no position is on the grid: nobody's answer shall depend on that
+                slot.truncate(0)
         return None
 
     def _make_choice(self, slot: Slot, job: Job, index: int) -> None:
-        sequence = Sequence(index, job.prompt_ids, job.params, self.tokenizer)
+        sequence = self._sequence(job, index)
         begun = self._clock()
         logits = self._prefill(slot, job, index)
         job.prefill_time += self._clock() - begun
-        while True:
+        while sequence.finish_reason is None:
             token_id = sequence.sample(logits)
-            if text := sequence.append(token_id):
-                job.generation.publish(Delta(index, text))
-            if sequence.finish_reason is not None:
-                break
-            logits = self._forward(slot, job, [token_id])
+            if delta := sequence.append(token_id):
+                job.generation.publish(delta)
+            if sequence.finish_reason is None:
+                logits = self._forward(slot, job, [token_id])
         job.num_output_tokens += sequence.num_output_tokens
         job.generation.publish(ChoiceEnd(index, sequence.finish_reason, sequence.num_output_tokens))
 
     def _prefill(self, slot: Slot, job: Job, index: int) -> Logits:
         """Evaluate what the slot does not hold of the prompt, in chunks that end on the backend's grid."""
+        if job.params.prompt_logprobs and index == 0:
+            return self._score_prompt(slot, job)
         num_cached = slot.num_reusable(job.prompt_ids)
         slot.truncate(num_cached)
         if index == 0:
@@ -112,6 +115,16 @@ class SlotEngine(Engine):
             position = end
             if position == len(job.prompt_ids):
                 return logits
+
+    def _score_prompt(self, slot: Slot, job: Job) -> Logits:
+        """Evaluate the prompt token by token, for a pass gives the scores after its last one only."""
+        slot.truncate(0)
+        scorer = self._prompt_scorer(job)
+        for token_id in job.prompt_ids:
+            logits = self._forward(slot, job, [token_id])
+            scorer.push(logits)
+        job.generation.publish(PromptScores(0, tuple(scorer.tokens)))
+        return logits
 
     def _forward(self, slot: Slot, job: Job, token_ids: list[int]) -> Logits:
         """One forward pass within the compute budget, unless nobody wants its result any more."""

@@ -50,6 +50,10 @@ def encode(body):
     return json.dumps(body).encode()
 
 
+def schema_format(**changes):
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": {}} | changes}
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -190,17 +194,50 @@ BAD_VALUES = [
     ("verbosity", ["chatty"], "invalid_value"),
     # known, and refused rather than dropped
     ("logprobs", all_but(bool), "invalid_type"),
-    ("logprobs", [True], "unsupported_parameter"),
     ("top_logprobs", all_but(int), "invalid_type"),
     ("top_logprobs", [21], "integer_above_max_value"),
-    ("top_logprobs", [5], "unsupported_parameter"),
+    ("top_logprobs", [5], "invalid_value"),  # without `logprobs`
     ("logit_bias", all_but(dict), "invalid_type"),
-    ("logit_bias", [{"50256": -100}], "unsupported_parameter"),
+    ("logit_bias", [{"a": 1}, {"-1": 1}, {"1.0": 1}, {"": 1}, {"9" * 10: 1}, {"260": 1}], "invalid_value"),
+    ("logit_bias", [{"7": True}, {"7": "1"}, {"7": None}], "invalid_type", "logit_bias.7"),
+    ("logit_bias", [{"7": -100.1}], "decimal_below_min_value", "logit_bias.7"),
+    ("logit_bias", [{"7": 101}], "decimal_above_max_value", "logit_bias.7"),
+    ("logit_bias", [{str(number): 1 for number in range(1025)}], "object_above_max_properties"),
+    ("min_tokens", all_but(int), "invalid_type"),
+    ("min_tokens", [-1], "integer_below_min_value"),
+    ("min_tokens", [255], "invalid_value"),  # more than can be
+    ("ignore_eos", all_but(bool), "invalid_type"),
+    ("stop_token_ids", all_but(list), "invalid_type"),
+    ("stop_token_ids", [["a"]], "invalid_type", "stop_token_ids[0]"),
+    ("stop_token_ids", [[260]], "invalid_value"),
+    ("stop_token_ids", [[1] * 65], "array_above_max_length"),
+    ("regex", all_but(str), "invalid_type"),
+    ("regex", ["("], "invalid_grammar"),
+    ("choice", all_but(list), "invalid_type"),
+    ("choice", [[]], "empty_array"),
+    ("choice", [[""]], "empty_string", "choice[0]"),
+    ("grammar", all_but(str), "invalid_type"),
+    ("grammar", ["start: nothing"], "invalid_grammar"),
+    ("add_generation_prompt", all_but(bool), "invalid_type"),
+    ("continue_final_message", all_but(bool), "invalid_type"),
+    ("continue_final_message", [True], "invalid_value"),  # the final message is a user's
+    ("chat_template_kwargs", all_but(dict), "invalid_type"),
+    ("chat_template_kwargs", [{"messages": []}, {"self": 1}, {"add_generation_prompt": False}], "invalid_value"),
     ("response_format", all_but(dict), "invalid_type"),
     ("response_format", [{}], "missing_required_parameter", "response_format.type"),
     ("response_format", [{"type": 1}], "invalid_type", "response_format.type"),
     ("response_format", [{"type": "object"}], "invalid_value", "response_format.type"),
-    ("response_format", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}], "unsupported_parameter"),
+    ("response_format", [{"type": "json_schema"}], "missing_required_parameter", "response_format.json_schema"),
+    ("response_format", [schema_format(name=None)], "missing_required_parameter", "response_format.json_schema.name"),
+    ("response_format", [schema_format(name="a b")], "invalid_value", "response_format.json_schema.name"),
+    ("response_format", [schema_format(schema=[])], "invalid_type", "response_format.json_schema.schema"),
+    ("response_format", [schema_format(schema={"type": "x"})], "invalid_grammar", "response_format.json_schema.schema"),
+    (
+        "response_format",
+        [schema_format(schema={"properties": {"a": {"items": {"not": {}}}}})],
+        "invalid_grammar",
+        "response_format.json_schema.schema.properties.a.items",
+    ),
     ("tools", all_but(list), "invalid_type"),
     ("tools", [[1]], "invalid_type", "tools[0]"),
     ("tools", [[{"type": "function", "function": {"name": "f"}}]], "unsupported_parameter"),
@@ -484,6 +521,10 @@ EDGES = [
     {"metadata": {"k" * 64: "v" * 512} | {str(number): "" for number in range(15)}},
     {"logprobs": False, "logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
     {"modalities": ["text"], "functions": [], "function_call": "none", "top_logprobs": 0},
+    {"logprobs": True, "top_logprobs": 20, "logit_bias": {"0": -100, "259": 100}, "min_tokens": 3, "max_tokens": 3},
+    {"response_format": {"type": "json_object"}, "ignore_eos": True, "stop_token_ids": [0, 259], "max_tokens": 5},
+    {"response_format": schema_format(strict=True, description="x"), "max_tokens": 5},
+    {"choice": ["\n", "\u2028", '"', "a\\"], "max_tokens": 5},
     {"messages": [user(None), user(""), user([]), user([{"type": "text", "text": "Hello"}]), {"role": "assistant"}]},
     dict.fromkeys(name for name in ChatRequest.declared if name not in ("model", "messages")),
 ]

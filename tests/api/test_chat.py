@@ -180,4 +180,4 @@ def test_a_body_that_came_before_is_not_parsed_again(served):
     hits = chat._parse_again.cache_info().hits
     served.chat(max_tokens=1)
     assert chat._parse_again.cache_info().hits == hits + 1
-    assert chat.parse(json.dumps(chat_body()).encode()).key is None
+    assert chat.parse(json.dumps(chat_body()).encode()).prompts[0].key is None

@@ -3,7 +3,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.api.render import ChunkStream, Tally, completion
+from llmserve.api.render import ChatWriter, ChunkStream, Tally, chat_choice, gather
 from llmserve.engine.generation import ChoiceEnd, Delta, FinishReason, GenerationEnd
 
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 5, "model": "m"}
@@ -19,9 +19,13 @@ TWO_CHOICES = [
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 4}}
 
 
+def completion(n, events, tally):
+    return {"choices": [chat_choice(choice) for choice in gather(n, events, tally)], "usage": tally.usage()}
+
+
 def chunks_of(events, n=1, include_usage=False, cuts=()):
     """All chunks, the events arriving in batches cut at the given places."""
-    stream = ChunkStream(HEAD, n, include_usage)
+    stream = ChunkStream(HEAD, n, include_usage, ChatWriter())
     chunks = stream.begin()
     for begin, end in zip([0, *cuts], [*cuts, len(events)], strict=True):
         chunks += stream.add(events[begin:end])
@@ -86,7 +90,7 @@ def test_usage_is_not_there_unasked():
 
 
 def test_the_last_finish_reason_waits_for_the_end_to_share_its_write():
-    stream = ChunkStream(HEAD, 1, include_usage=False)
+    stream = ChunkStream(HEAD, 1, include_usage=False, writer=ChatWriter())
     assert len(stream.add([Delta(0, "x")])) == 1
     assert stream.add([Delta(0, "y"), ChoiceEnd(0, FinishReason.STOP, 3)]) == []
     assert not stream.ended

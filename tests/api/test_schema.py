@@ -38,7 +38,7 @@ class TestJSON:
 class TestParameters:
     def test_the_defaults_are_openais(self):
         chat = parse()
-        assert chat.sampling() == SamplingParams()
+        assert chat.sampling == SamplingParams()
         assert (chat.n, chat.stream, chat.stop_strings, chat.token_limit, chat.include_usage) == (1, False, (), None, False)
 
     def test_null_is_the_default_everywhere(self):
@@ -56,10 +56,10 @@ class TestParameters:
             "repetition_penalty": 1.5,
             "seed": -(2**63),
         }
-        assert parse(**given).sampling() == SamplingParams(**given)
+        assert parse(**given).sampling == SamplingParams(**given)
 
     def test_minus_one_turns_top_k_off_as_elsewhere(self):
-        assert parse(top_k=-1).sampling().top_k == 0
+        assert parse(top_k=-1).sampling.top_k == 0
 
     def test_the_newer_name_of_the_token_limit_wins(self):
         assert parse(max_tokens=5).token_limit == 5
@@ -86,7 +86,7 @@ class TestParameters:
         ],
     )
     def test_what_asks_for_nothing_is_taken(self, harmless):
-        assert parse(**harmless) == parse()
+        assert parse(**harmless).shape == parse().shape
 
     def test_passive_parameters_are_taken(self):
         parse(

@@ -13,11 +13,12 @@ FOLDER = Path(__file__).parent / "js"
 
 
 @pytest.mark.skipif(not shutil.which("node") or not shutil.which("npm"), reason="Node.js is not installed")
-def test_the_javascript_client(base_url):
-    if not (FOLDER / "node_modules" / "openai").is_dir():
+@pytest.mark.parametrize(("file", "num_tests"), [("client.test.mjs", 6), ("generation.test.mjs", 10)])
+def test_the_javascript_client(base_url, file, num_tests):
+    if not all((FOLDER / "node_modules" / name).is_dir() for name in ("openai", "zod")):
         subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"], cwd=FOLDER, check=True, timeout=300)
     environ = {**os.environ, "LLMSERVE_URL": base_url}
-    command = ["node", "--test", "--test-reporter=tap", "client.test.mjs"]
+    command = ["node", "--test", "--test-reporter=tap", file]
     result = subprocess.run(command, cwd=FOLDER, env=environ, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "# pass 6" in result.stdout
+    assert f"# pass {num_tests}\n" in result.stdout

@@ -87,7 +87,7 @@ def test_a_repeated_answer_comes_from_the_cache_also_as_a_stream(client):
         ({"temperature": 3}, openai.BadRequestError, "decimal_above_max_value"),
         ({"max_tokens": 5000}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": []}, openai.BadRequestError, "empty_array"),
-        ({"logprobs": True}, openai.BadRequestError, "unsupported_parameter"),
+        ({"top_logprobs": 3}, openai.BadRequestError, "invalid_value"),
     ],
 )
 def test_mistakes_raise_the_clients_own_errors(client, changes, error, code):
