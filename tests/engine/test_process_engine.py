@@ -132,7 +132,10 @@ def test_an_engine_that_fails_in_a_pass_says_so_and_goes_on(engine_of):
 @pytest.mark.parametrize("make_backends", MANY)
 def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backends):
     budget, deaths = ComputeBudget(2), []
-    engine, process = engine_of(make_backends(), budget=budget)
+    backends = make_backends()
+    for backend in backends if isinstance(backends, list) else [backends]:
+        backend.on_forward = lambda: time.sleep(0.005)  # none of them ends before the crash
+    engine, process = engine_of(backends, budget=budget)
     engine.on_death(deaths.append)
     generations = [submit(engine, max_tokens=250) for _ in range(5)]
     assert generations[0].read(0, TIMEOUT)
