@@ -5,17 +5,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 
-.PHONY: run test fast llamacpp lint cover bench bench-peers clean
+.PHONY: run test fast faults llamacpp lint cover bench bench-peers clean
 
 run: $(MARK)                ## the server, with the default model, on 127.0.0.1:8080
 	$(BIN)/llmserve pull
 	exec $(BIN)/llmserve serve
 
 test: $(MARK)-test          ## every test, with the real model and real clients
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not faults"
 
 fast: $(MARK)-test          ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+faults: $(MARK)-test        ## what the server survives, and a table of it in FAULTS.md
+	FAULTS_REPORT=FAULTS.md $(BIN)/pytest -m faults tests/faults
 
 llamacpp: $(MARK)           ## the other engine; pip compiles it, which takes some minutes the first time
 	$(BIN)/pip install --disable-pip-version-check -e ".[llamacpp]"

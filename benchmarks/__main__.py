@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.figures import HEAD, Figure, calmest, paired
 from benchmarks.harness import Bare, Server, at_once, chat, random_prompts, story
+from llmserve.models.loading import has_llamacpp
 
 _RESIDENT_KV_CACHE = 30 * 192 * 4096 + 30 * 192 * 2 * 150
 """Bytes of a slot's cache that 150 tokens make resident. Values are stored by channel (30 layers of 192), 2,048 positions or one
@@ -156,6 +157,43 @@ def memory() -> Iterator[Figure]:
     yield Figure("memory beside weights and KV caches", "MB", [beside / 1e6], [1.0], "one MB", "≤ 120")
 
 
+def isolation(rounds: int = 5) -> Iterator[Figure]:
+    """Each model twice in one server, as a process of its own and as threads, in alternation."""
+    for engine in ("ctransformers", "llamacpp") if has_llamacpp() else ("ctransformers",):
+        ways = ("process", "thread")
+        tables = [harness.model_table(way, isolation=way, engine=engine, slots=8, prefix_cache=False) for way in ways]
+
+        def rate(model: str, num_streams: int, number: int) -> float:
+            calls = [partial(chat, server.port, story(n + 16 * number), 48, model=model) for n in range(num_streams)]
+            streams, seconds = at_once(calls)
+            return 47 / (streams[0].last - streams[0].first) if num_streams == 1 else 48 * num_streams / seconds
+
+        def first(model: str, number: int) -> float:
+            return statistics.median(chat(server.port, f"{number}", 1, model=model).first for _ in range(5))
+
+        with harness.llmserve("".join(tables)) as server:
+            for way in ways:
+                rate(way, 8, 0)
+            for num_streams in (1, 8):
+                ours, other = paired(rounds, lambda n, s=num_streams: (rate("process", s, n), rate("thread", s, n)))  # type: ignore[misc]
+                yield Figure(f"{num_streams} streams in a process, {engine}", "tokens/s", ours, other, "in threads", "≥ 0.97")
+            ours, other = paired(rounds, lambda n: (first("process", n), first("thread", n)))
+            added = [1000 * (process - thread) for process, thread in zip(ours, other, strict=True)]
+            yield Figure(f"first token in a process, {engine}, more", "ms", added, [1.0], "one ms", "≤ 5")
+        totals = []
+        for table in tables:
+            with harness.llmserve(table) as server:
+                at_once([partial(chat, server.port, story(n), 48, model=ways[len(totals)]) for n in range(8)])
+                totals.append(_beside_weights(server.worker_pid()))
+        yield Figure(f"memory of a process, {engine}, more", "MB", [(totals[0] - totals[1]) / 1e6], [1.0], "one MB", "≤ 60")
+
+
+def _beside_weights(worker: int) -> int:
+    """PSS in bytes of a worker and its engines' processes, less the weights' mappings."""
+    children = [int(pid) for path in Path(f"/proc/{worker}/task").glob("*/children") for pid in path.read_text().split()]
+    return sum(harness.pss(pid)["total"] - _resident(pid, ".gguf") for pid in (worker, *children))
+
+
 def _request(port: int, content: str, max_tokens: int) -> bytes:
     body = {
         "model": harness.MODEL,
@@ -210,7 +248,7 @@ def _resident(pid: int, suffix: str) -> int:
 
 MEASURES: dict[str, Callable[[], Iterator[Figure]]] = {
     measure.__name__: measure
-    for measure in (one_stream, concurrent, two_models, shared_prefix, repeated, cached_rate, start, memory)
+    for measure in (one_stream, concurrent, two_models, shared_prefix, repeated, cached_rate, start, memory, isolation)
 }
 
 

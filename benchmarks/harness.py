@@ -162,11 +162,8 @@ def model_path() -> Path:
     """The default model's file as ctransformers runs it, made if it is not there yet."""
     from llmserve.config import DEFAULT_MODEL, load
     from llmserve.models.loading import Loader
-    from llmserve.models.slot_model import PreparedSlots
 
-    prepared = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="ctransformers"))
-    assert isinstance(prepared, PreparedSlots)
-    return prepared.path
+    return Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="ctransformers")).model.path
 
 
 def batch_model() -> tuple[Path, bool]:

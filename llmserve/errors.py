@@ -158,6 +158,12 @@ class MemoryBudgetExceeded(Unavailable):
     code = "memory_budget_exceeded"
 
 
+class EngineDied(Unavailable):
+    """The process of the model's engine ended while it ran this request. It is started again."""
+
+    code = "engine_died"
+
+
 class DeadlineExceeded(APIError):
     """The answer took longer than the server allows one request."""
 
@@ -177,3 +183,7 @@ class ConfigError(Exception):
 
 class ModelFileError(Exception):
     """A model file cannot be fetched, read, or run right. One sentence that says why; the registry makes it a load failure."""
+
+
+class ModelCrashed(ModelFileError):
+    """The library died of the file."""

@@ -5,6 +5,7 @@ load delays nobody but those who want that model.
 
     unloaded → loading → ready → draining → unloaded
                    ↘ failed (with the reason; the next try is made after a cool-down, or when asked for)
+    ready → loading, when its engine died by itself; → failed, when it did so several times in a row without an answer between
 
 Knows nothing of HTTP, tokens or files.
 """
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llmserve.config import ModelSpec
@@ -33,6 +35,8 @@ if TYPE_CHECKING:  # these import numpy, which would delay the first answer of /
 log = logging.getLogger(__name__)
 
 COOL_DOWN = 10.0  # seconds before a request makes a failed model try again
+MAX_CRASHES = 5  # in a row, without an answer between, after which a model is failed
+_BACK_OFF = 0.5  # seconds before a second load in a row; it doubles with each one more
 _POLL = 0.25  # seconds between two looks at whether a waiting caller has given up
 
 
@@ -100,6 +104,8 @@ class _Entry:
     failure: APIError | None = None
     failed_at: float = 0.0
     reloading: bool = False
+    num_crashes: int = 0  # in a row: none of the engines that died had answered anything
+    tokens_before: int = 0  # output tokens of the model's answers before the engine was opened
 
 
 class ModelRegistry:
@@ -166,7 +172,7 @@ class ModelRegistry:
             yield engine
         finally:
             with self._condition:
-                entry.users[engine] -= 1
+                entry.users -= Counter((engine,))  # forgets an engine without users
                 self._condition.notify_all()
 
     def load(self, model_id: str) -> None:
@@ -174,7 +180,7 @@ class ModelRegistry:
         entry = self._entries[model_id]
         with self._condition:
             if entry.state is ModelState.FAILED:
-                entry.state = ModelState.UNLOADED
+                entry.state, entry.num_crashes = ModelState.UNLOADED, 0
         with self.use(model_id, watch=lambda: None):
             pass
 
@@ -212,6 +218,8 @@ class ModelRegistry:
         finally:
             with self._condition:
                 entry.reloading = False
+                if entry.engine is None:  # the old one has died meanwhile
+                    entry.state, entry.memory_bytes = ModelState.UNLOADED, 0
                 self._condition.notify_all()
         if new is None:
             self.unload(model_id)
@@ -267,26 +275,57 @@ class ModelRegistry:
             self._condition.wait(_POLL)
         return None
 
-    def _begin_load(self, entry: _Entry) -> None:
+    def _begin_load(self, entry: _Entry, delay: float = 0.0) -> None:
         """Caller holds the lock, and the model is not loaded: so two requests for it cause one load."""
         entry.state = ModelState.LOADING
-        threading.Thread(target=self._load, args=(entry,), name=f"llmserve-load-{entry.spec.id}", daemon=True).start()
+        threading.Thread(target=self._load, args=(entry, delay), name=f"llmserve-load-{entry.spec.id}", daemon=True).start()
 
-    def _load(self, entry: _Entry) -> None:
+    def _load(self, entry: _Entry, delay: float) -> None:
         """A loading thread's work: the model ends up ready or failed."""
+        with self._condition:
+            if self._condition.wait_for(lambda: self._closing is not None, delay):
+                return
         try:
             engine = self._open(entry)
         except Exception as error:
             self._set_failed(entry, _load_failure(entry.spec, error))
             return
         with self._condition:
-            if self._closing is None:
-                entry.engine, entry.state, entry.failure = engine, ModelState.READY, None
+            wanted = self._closing is None
+            if wanted:
+                self._put(entry, engine)
             self._starting.discard(entry.spec.id)
             self._condition.notify_all()
-        if entry.engine is not engine:
+        if wanted:
+            engine.on_death(partial(self._lose, entry, engine))
+        else:
             engine.close()
         memory.trim()
+
+    def _put(self, entry: _Entry, engine: Engine) -> None:
+        """Give it to whoever asks for the model from now on. Caller holds the lock."""
+        entry.engine, entry.state, entry.failure = engine, ModelState.READY, None
+        entry.tokens_before = entry.statistics.snapshot().output_tokens
+
+    def _lose(self, entry: _Entry, engine: Engine, error: APIError) -> None:
+        """The engine died by itself, in a process of its own: load the model again, or give it up."""
+        entry.statistics.add(crashes=1)
+        with self._condition:
+            if self._closing is not None or entry.engine is not engine or entry.state is not ModelState.READY:
+                return  # it is being closed, and whoever does that goes on
+            entry.num_crashes += 1
+            if entry.statistics.snapshot().output_tokens > entry.tokens_before:
+                entry.num_crashes = 1
+            entry.engine, entry.failure = None, error
+            if entry.reloading:
+                entry.state = ModelState.LOADING
+                return
+            entry.memory_bytes -= engine.info.memory_bytes
+            if entry.num_crashes < MAX_CRASHES:
+                self._begin_load(entry, delay=_BACK_OFF * 2 ** (entry.num_crashes - 2) if entry.num_crashes > 1 else 0.0)
+            else:
+                message = f"The model `{entry.spec.id}` has crashed {entry.num_crashes} times in a row. {error.message}"
+                self._fail(entry, ModelLoadFailed(message))
 
     def _open(self, entry: _Entry) -> Engine:
         """Prepare the model, make room for it, open it."""
@@ -316,7 +355,8 @@ class ModelRegistry:
         except Exception as error:
             raise _load_failure(entry.spec, error) from error
         with self._condition:
-            entry.engine = new
+            self._put(entry, new)
+        new.on_death(partial(self._lose, entry, new))
         return new
 
     def _get_loader(self) -> ModelLoader:
@@ -381,12 +421,16 @@ class ModelRegistry:
             self._condition.notify_all()
 
     def _set_failed(self, entry: _Entry, failure: APIError) -> None:
-        log.error("%s", failure.message)
         with self._condition:
-            entry.state, entry.failure, entry.failed_at = ModelState.FAILED, failure, self._clock()
-            entry.statistics.add(errors=1)
-            self._starting.discard(entry.spec.id)
-            self._condition.notify_all()
+            self._fail(entry, failure)
+
+    def _fail(self, entry: _Entry, failure: APIError) -> None:
+        """Caller holds the lock."""
+        log.error("%s", failure.message)
+        entry.state, entry.failure, entry.failed_at = ModelState.FAILED, failure, self._clock()
+        entry.statistics.add(errors=1)
+        self._starting.discard(entry.spec.id)
+        self._condition.notify_all()
 
 
 def choose_evictions(wanted: int, residents: Sequence[Resident], budget: int) -> list[str] | None:

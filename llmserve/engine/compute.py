@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 
 class ComputeBudget:
@@ -22,8 +23,9 @@ class ComputeBudget:
         self._lock = threading.Lock()
         self._free = cores  # guarded by _lock
         self._num_sharers = 0  # guarded by _lock: who makes passes at present
-        self._num_leases = 0  # guarded by _lock: passes running
-        self._waiting: deque[_Ticket] = deque()  # guarded by _lock
+        self._num_leases = 0  # guarded by _lock: passes running, and processes that have cores
+        self._waiting: deque[_Waiting] = deque()  # guarded by _lock
+        self._leased: list[Lease] = []  # guarded by _lock: of processes that have cores
 
     @contextmanager
     def share(self) -> Iterator[None]:
@@ -47,20 +49,49 @@ class ComputeBudget:
         with self._lock:
             if self._free and not self._waiting:
                 return self._grant(at_most)
-            ticket = _Ticket(at_most)
-            self._waiting.append(ticket)
-        ticket.granted.acquire()
-        return ticket.threads
+            ticket = Ticket(at_most)
+            self._wait(ticket)
+        return ticket.wait()
 
     def release(self, threads: int) -> None:
         """Give back what `acquire` returned; it goes to whoever waits longest."""
         with self._lock:
-            self._free += threads
-            self._num_leases -= 1
-            while self._free and self._waiting:
-                ticket = self._waiting.popleft()
-                ticket.threads = self._grant(ticket.at_most)
-                ticket.granted.release()
+            self._take_back(threads)
+
+    def lease(self, grant: Callable[[int], None], recall: Callable[[], None]) -> Lease:
+        """A way for another process to have cores. Both functions are called with a lock held, and must not wait."""
+        return Lease(self, grant, recall)
+
+    def _wait(self, waiting: _Waiting) -> None:
+        """Caller holds the lock."""
+        self._waiting.append(waiting)
+        self._recall()
+
+    def _take_back(self, threads: int) -> None:
+        """Caller holds the lock."""
+        self._free += threads
+        self._num_leases -= 1
+        self._serve()
+        if self._waiting:
+            self._recall()
+        else:
+            self._recall_if_unfit()
+
+    def _serve(self) -> None:
+        """Give free cores to those who wait longest. Caller holds the lock."""
+        while self._free and self._waiting:
+            waiting = self._waiting.popleft()
+            waiting.grant(self._grant(waiting.at_most))
+
+    def _recall_if_unfit(self) -> None:
+        """Divide the cores anew if some are free that nobody is about to take. Caller holds the lock."""
+        if self._free and not self._waiting and self._num_sharers <= self._num_leases:
+            self._recall()
+
+    def _recall(self) -> None:
+        """Caller holds the lock."""
+        for lease in self._leased:
+            lease.recall()
 
     def _grant(self, at_most: int) -> int:
         """Free cores divided by the sharers without a lease, so that all cores are used and nobody is left without."""
@@ -71,14 +102,105 @@ class ComputeBudget:
         return threads
 
 
-class _Ticket:
-    """A pass that waits for cores. The lock is held until they are granted."""
+class _Waiting(Protocol):
+    """Who waits for cores, and how many it can use."""
+
+    at_most: int
+
+    def grant(self, threads: int) -> None: ...
+
+
+class Ticket:
+    """A pass that waits. The lock is held until cores are granted."""
 
     def __init__(self, at_most: int) -> None:
         self.at_most = at_most
-        self.threads = 0
-        self.granted = threading.Lock()
-        self.granted.acquire()
+        self._threads = 0
+        self._granted = threading.Lock()
+        self._granted.acquire()
+
+    def grant(self, threads: int) -> None:
+        self._threads = threads
+        self._granted.release()
+
+    def wait(self) -> int:
+        self._granted.acquire()
+        return self._threads
+
+
+class Lease:
+    """Cores that another process has for all its passes, until it is asked to give them back. Thread-safe.
+
+    They are recalled when somebody waits for cores, and when some are free that nobody else is about to take: so a process that
+    works alone asks once, and several come by their share.
+    """
+
+    def __init__(self, budget: ComputeBudget, grant: Callable[[int], None], recall: Callable[[], None]) -> None:
+        self.at_most = budget.cores
+        self._budget = budget
+        self._lock = budget._lock
+        self._grant = grant
+        self._recall = recall
+        self._threads = 0  # guarded by _lock; those it has
+        self._recalled = False  # guarded by _lock
+        self._shares = False  # guarded by _lock
+        self._closed = False  # guarded by _lock
+
+    def share(self, *, active: bool) -> None:
+        """Count the process as one that makes passes, or not any more."""
+        with self._lock:
+            if active == self._shares or self._closed:
+                return
+            self._shares = active
+            self._budget._num_sharers += 1 if active else -1
+            if not active:
+                if self._threads and self._budget._num_sharers:
+                    self.recall()
+                self._budget._recall_if_unfit()
+
+    def request(self) -> None:
+        """The process wants cores: `grant` is called with their number, now or when it is its turn."""
+        with self._lock:
+            budget = self._budget
+            if self._closed:
+                return
+            if budget._free and not budget._waiting:
+                self.grant(budget._grant(self.at_most))
+            else:
+                budget._wait(self)
+
+    def give_back(self) -> None:
+        """The process has given back what it had."""
+        with self._lock:
+            self._end()
+
+    def close(self) -> None:
+        """The process is gone, and whatever it had or waited for."""
+        self.share(active=False)
+        with self._lock:
+            self._closed = True
+            if self in self._budget._waiting:
+                self._budget._waiting.remove(self)
+            self._end()
+
+    def grant(self, threads: int) -> None:
+        """The budget's side. Its caller holds the lock."""
+        self._threads, self._recalled = threads, False
+        self._budget._leased.append(self)
+        self._grant(threads)
+
+    def recall(self) -> None:
+        """The budget's side: once for each grant. Its caller holds the lock."""
+        if not self._recalled:
+            self._recalled = True
+            self._recall()
+
+    def _end(self) -> None:
+        """Caller holds the lock."""
+        threads, self._threads = self._threads, 0
+        if threads:
+            self._budget._leased.remove(self)
+            self._budget._take_back(threads)
 
 
 class Passes:

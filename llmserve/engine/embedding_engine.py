@@ -57,7 +57,7 @@ class EmbeddingEngine(Engine):
             raise ValueError(f"a text does not fit {self.context_length} tokens")
         return self._enqueue(_Texts([], GenerationParams(0), Generation(), self._clock(), texts=[list(each) for each in texts]))
 
-    def submit(self, prompt_ids: Ids[int], params: GenerationParams) -> Generation:
+    def submit(self, prompt_ids: Ids[int], params: GenerationParams, generation: Generation | None = None) -> Generation:
         raise ValueError("this model makes vectors only")
 
     def _dispatch(self) -> None:

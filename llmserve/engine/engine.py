@@ -96,6 +96,8 @@ class Job:
             queue_time=self.started - self.submitted,
             prefill_time=self.prefill_time,
             decode_time=now - self.started - self.prefill_time,
+            num_drafted_tokens=self.num_drafted,
+            num_accepted_tokens=self.num_accepted,
         )
 
 
@@ -130,6 +132,7 @@ class Engine(ABC):
         self._closed_with: APIError | None = None  # guarded by _condition
         self._seconds_per_request = _SECONDS_PER_REQUEST_AT_FIRST  # guarded by _condition; a moving average
         self._num_slots = num_slots
+        self._callback: Callable[[APIError], None] | None = None  # guarded by _condition; of on_death
         self._constraints = Constraints(tokenizer)
         self._threads: list[threading.Thread] = []
 
@@ -142,15 +145,24 @@ class Engine(ABC):
         self._threads.append(thread)
         thread.start()
 
-    def submit(self, prompt_ids: Ids[int], params: GenerationParams) -> Generation:
-        """Queue a generation. Raises InvalidGrammar, ShuttingDown, and QueueFull with the seconds after which there should be room.
+    def on_death(self, callback: Callable[[APIError], None]) -> None:
+        """Have the callback called, once, when the engine has ended although nobody closed it. It is closed all the same.
+
+        Only one in a process of its own does: others take the server with them.
+        """
+        with self._condition:
+            self._callback = callback
+
+    def submit(self, prompt_ids: Ids[int], params: GenerationParams, generation: Generation | None = None) -> Generation:
+        """Queue a generation, in the log that is given. Raises InvalidGrammar, ShuttingDown, and QueueFull with the
+        seconds after which there should be room.
 
         The prompt has at least one token, and prompt and `max_tokens` fit `context_length`: the caller has checked.
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens do not fit {self.context_length}")
         constraint = None if params.grammar is None else self._constraints.get(params.grammar)
-        job = Job(list(prompt_ids), params, Generation(), submitted=self._clock(), constraint=constraint)
+        job = Job(list(prompt_ids), params, generation or Generation(), submitted=self._clock(), constraint=constraint)
         return self._enqueue(job)
 
     def _enqueue(self, job: Job) -> Generation:
@@ -236,7 +248,7 @@ class Engine(ABC):
         """The job is over: say so, count it, and give its place to the next."""
         if error is not None:
             self._statistics.add(errors=1)
-            job.generation.publish(Failed(EngineFailed(f"The model failed while it answered: {error}.")))
+            job.generation.publish(Failed(_failure(error)))
         elif job.unwanted:
             self._statistics.add(cancelled=1, output_tokens=job.num_output_tokens)
         else:
@@ -253,3 +265,7 @@ class Engine(ABC):
             self._seconds_per_request += 0.2 * (self._clock() - job.started - self._seconds_per_request)
             self._dispatch()
             self._condition.notify_all()
+
+
+def _failure(error: Exception) -> APIError:
+    return error if isinstance(error, APIError) else EngineFailed(f"The model failed while it answered: {error}.")

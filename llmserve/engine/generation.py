@@ -118,6 +118,8 @@ class GenerationEnd(NamedTuple):
     queue_time: float
     prefill_time: float
     decode_time: float
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class Failed(NamedTuple):

@@ -14,6 +14,7 @@ class Statistics(NamedTuple):
     requests: int = 0
     errors: int = 0
     cancelled: int = 0
+    crashes: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

@@ -5,6 +5,7 @@ Knows nothing of messages, backends or sampling. A text never becomes a control 
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +74,8 @@ class BPETokenizer:
     Thread-safe, and threads tokenize at the same time: the library releases the GIL and locks its cache.
     """
 
-    def __init__(self, vocabulary: Vocabulary, library: tokenizers.Tokenizer) -> None:
-        """`library` must not know the control tokens."""
+    def __init__(self, vocabulary: Vocabulary, make_library: Callable[[], tokenizers.Tokenizer]) -> None:
+        """`make_library` is called when text is first read. What it makes must not know the control tokens."""
         self.vocab_size = len(vocabulary.pieces)
         self.bos_token_id = vocabulary.bos_token_id
         self.add_bos = vocabulary.add_bos
@@ -82,23 +83,26 @@ class BPETokenizer:
         self.control_texts = vocabulary.control_texts
         self.max_piece_size = vocabulary.max_piece_size
         self._pieces = vocabulary.pieces
-        self._library = library
+        self._library = functools.cache(make_library)
 
     @classmethod
-    def from_gguf(cls, metadata: Metadata) -> BPETokenizer:
-        """For a file whose tokenizer.ggml.model is "gpt2". Raises ModelFileError."""
+    def from_gguf(cls, metadata: Metadata, *, reads: bool = True) -> BPETokenizer:
+        """For a file whose tokenizer.ggml.model is "gpt2"; `reads` text from the start, or hardly ever. Raises ModelFileError."""
         name = metadata.get("tokenizer.ggml.pre", "default")
         if name not in _SPLITS:
             raise ModelFileError(f"The model's pre-tokenizer {name!r} is not supported.")
         vocabulary = Vocabulary.from_bpe(metadata, add_bos=name in _LLAMA_3)
-        return cls(vocabulary, _library(metadata, vocabulary, name))
+        tokenizer = cls(vocabulary, functools.partial(_library, metadata, vocabulary, name))
+        if reads:
+            tokenizer._library()
+        return tokenizer
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
         return _encode(self, segments)
 
     def encode_text(self, text: str) -> list[int]:
         # Never a batch call: those start a pool of threads, which does not survive a fork.
-        return self._library.encode(_without_surrogates(text), add_special_tokens=False).ids
+        return self._library().encode(_without_surrogates(text), add_special_tokens=False).ids
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
@@ -111,7 +115,10 @@ class LibraryTokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary, tokenize: Tokenize, tokenize_rest: Tokenize) -> None:
-        """`tokenize_rest` is for text that goes on after other text."""
+        """`tokenize_rest` is for text that goes on after other text. Both are the bare library's: `encode` is for everybody else."""
+        self.vocabulary = vocabulary
+        self.tokenize = tokenize  # guarded by _lock
+        self.tokenize_rest = tokenize_rest  # guarded by _lock
         self.vocab_size = len(vocabulary.pieces)
         self.bos_token_id = vocabulary.bos_token_id
         self.add_bos = vocabulary.add_bos
@@ -124,8 +131,6 @@ class LibraryTokenizer:
         self._user_texts = vocabulary.user_texts
         self._users = Literals(vocabulary.user_texts)
         self._lock = threading.Lock()
-        self._tokenize = tokenize  # guarded by _lock
-        self._tokenize_rest = tokenize_rest  # guarded by _lock
 
     @classmethod
     def from_gguf(cls, metadata: Metadata, tokenize: Tokenize) -> LibraryTokenizer:
@@ -166,13 +171,13 @@ class LibraryTokenizer:
         given to it again in parts, cut inside of every control token's text.
         """
         with self._lock:
-            token_ids = self._tokenize(text.encode())
+            token_ids = self.tokenize(text.encode())
             if self._control_ids.isdisjoint(token_ids):
                 return token_ids
             first, *rest = _cut(text, [start + 1 for start in self._controls.starts(text)])
-            token_ids = self._tokenize(first.encode())
+            token_ids = self.tokenize(first.encode())
             for part in rest:
-                token_ids += self._tokenize_rest(part.encode())
+                token_ids += self.tokenize_rest(part.encode())
         return [token_id for token_id in token_ids if token_id not in self._control_ids]
 
 

@@ -1,15 +1,15 @@
-"""From a model file to an engine on llama.cpp: probe it, open it once for all slots."""
+"""From a model file to an engine on llama.cpp: open it once for all slots."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from llmserve.config import ModelSpec
 from llmserve.engine import gguf
 from llmserve.engine.batch_engine import CHUNKS_ALONE, BatchEngine
+from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
@@ -20,50 +20,29 @@ from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
 from llmserve.models import embed_model, probe
 from llmserve.models.common import choose_context_length, make_chat_template
-from llmserve.models.embed_model import PreparedEmbeddings
+from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
-
-log = logging.getLogger(__name__)
 
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _SHORTEST_BATCH = 64
 """Tokens of a pass that any configuration has room for, so that a lone sequence can be given a long draft."""
 
 
-def prepare(
-    spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget
-) -> PreparedBatch | PreparedEmbeddings:
-    """Check and probe a GGUF file. Raises ModelFileError."""
+def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path) -> BatchModel | EmbeddingModel:
+    """Check a GGUF file. Raises ModelFileError."""
     header = gguf.read(source)
     architecture = header.get("general.architecture", str) or ""
     context_length = choose_context_length(spec, source, header.get(f"{architecture}.context_length", int) or 0)
+    repack = not probe.no_repack_note(cache_dir).exists()
     if embed_model.is_wanted(spec, header):
-        repack = _probe(
-            source, context_length, cache_dir, engine="llamacpp-embeddings", pooling=embed_model.choose_pooling(spec, header)
-        )
-        return embed_model.on_llamacpp(spec, source, header, context_length, repack, reason, budget)
-    repack = _probe(source, context_length, cache_dir)
-    return PreparedBatch(spec, source, header, context_length, repack, reason, budget)
-
-
-def _probe(path: Path, context_length: int, cache_dir: Path, engine: str = "llamacpp", pooling: str = "") -> bool:
-    """Whether the library can open the file with its weights repacked, which on some machines it cannot, or only without.
-
-    Raises ModelFileError.
-    """
-    try:
-        probe.probe(path, Trial(engine, context_length, pooling, repack=True), cache_dir)
-    except ModelFileError as error:
-        probe.probe(path, Trial(engine, context_length, pooling, repack=False), cache_dir)
-        log.warning("%s It can without repacked weights, and is opened so.", error)
-        return False
-    return True
+        return embed_model.on_llamacpp(spec, source, header, context_length, repack, reason)
+    return BatchModel(spec, source, header, context_length, repack, reason)
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedBatch:
-    """A model whose file is here and known to open."""
+class BatchModel:
+    """A model whose file is here. `repack`: see `LlamaCppSettings`."""
 
     spec: ModelSpec
     path: Path
@@ -71,14 +50,20 @@ class PreparedBatch:
     context_length: int
     repack: bool
     reason: str
-    budget: ComputeBudget
 
     @property
-    def memory_bytes(self) -> int:
-        return self.header.size + self._kv_cache_bytes
+    def trial(self) -> Trial:
+        return Trial("llamacpp", self.context_length, repack=self.repack)
 
-    def open(self, statistics: StatisticsCounter) -> Engine:
-        """Load the model, and build its tokenizer and chat template. Raises ModelFileError."""
+    def fallback(self, cache_dir: Path) -> tuple[BatchModel, Path] | None:
+        """There are machines on which the library dies of repacked weights."""
+        return (replace(self, repack=False), probe.no_repack_note(cache_dir)) if self.repack else None
+
+    def tokenizer(self) -> None:
+        """It has none that needs no library."""
+
+    def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
+        """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
         batch_size = max(_SHORTEST_BATCH, CHUNKS_ALONE * spec.prefill_chunk + spec.slots)
@@ -89,24 +74,27 @@ class PreparedBatch:
         try:
             tokenizer = make_tokenizer(self.header, backend)
             return BatchEngine(
-                info=self._info(),
+                info=self.info,
                 backend=backend,
                 tokenizer=tokenizer,
-                chat_template=make_chat_template(spec, self.header, tokenizer),
-                budget=self.budget,
-                settings=EngineSettings(
-                    spec.max_waiting,
-                    spec.prefill_chunk,
-                    spec.prefix_cache and backend.can_truncate,
-                    spec.prompt_lookup and backend.can_truncate,
-                ),
+                chat_template=make_chat_template(spec, self.header, tokenizer) if reads_text else ChatTemplate(None),
+                budget=budget,
+                settings=self.settings
+                if backend.can_truncate
+                else replace(self.settings, prefix_cache=False, prompt_lookup=False),
                 statistics=statistics,
             )
         except BaseException:
             backend.close()
             raise
 
-    def _info(self) -> EngineInfo:
+    @property
+    def settings(self) -> EngineSettings:
+        spec = self.spec
+        return EngineSettings(spec.max_waiting, spec.prefill_chunk, spec.prefix_cache, spec.prompt_lookup)
+
+    @property
+    def info(self) -> EngineInfo:
         spec = self.spec
         library = f"llama-cpp-python {version('llama_cpp_python')}"
         shape = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 from llmserve.errors import ModelFileError
+from llmserve.models import probe
 from llmserve.models.files import fingerprint, identity
+from llmserve.models.probe import Trial
 
 log = logging.getLogger(__name__)
 
@@ -58,39 +60,49 @@ Opened = tuple[Embedder, Tokenizer, Callable[[str], list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedEmbeddings:
-    """A model whose file is here and known to open. `open_library` gives its embedder, its tokenizer, and how texts are encoded."""
+class EmbeddingModel:
+    """A model whose file is here, `path` as its library opens it. `open_library` gives its embedder, its tokenizer, and how texts
+    are encoded.
+    """
 
     spec: ModelSpec
     source: Path
+    path: Path
     header: GGUFFile
-    context_length: int
     pooling: str
     library: str
     reason: str
-    budget: ComputeBudget
-    open_library: Callable[[], Opened]
+    trial: Trial
+    open_library: Callable[[Trial], Opened]
 
-    @property
-    def memory_bytes(self) -> int:
-        return self.header.size + self._kv_cache_bytes
+    def fallback(self, cache_dir: Path) -> tuple[EmbeddingModel, Path] | None:
+        """There are machines on which llama.cpp dies of repacked weights."""
+        other = replace(self, trial=self.trial._replace(repack=False))
+        return (other, probe.no_repack_note(cache_dir)) if self.trial.repack else None
 
-    def open(self, statistics: StatisticsCounter) -> Engine:
+    def tokenizer(self) -> None:
+        """It has none without its library."""
+
+    def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model. Raises ModelFileError."""
         try:
-            embedder, tokenizer, encode = self.open_library()
+            embedder, tokenizer, encode = self.open_library(self.trial)
         except RuntimeError as error:
             raise ModelFileError(f"{self.source.name} cannot be loaded: {error}.") from error
-        settings = EngineSettings(self.spec.max_waiting)
-        return EmbeddingEngine(self._info(), embedder, tokenizer, encode, self.budget, settings, statistics)
+        return EmbeddingEngine(self.info, embedder, tokenizer, encode, budget, self.settings, statistics)
 
-    def _info(self) -> EngineInfo:
-        shape = (identity(self.source), self.context_length, self.pooling, self.library)
+    @property
+    def settings(self) -> EngineSettings:
+        return EngineSettings(self.spec.max_waiting)
+
+    @property
+    def info(self) -> EngineInfo:
+        shape = (identity(self.source), self.trial, self.pooling, self.library)
         return EngineInfo(
             identity=fingerprint(*shape),
             name=self.library.partition(" ")[0],
             reason=self.reason,
-            context_length=self.context_length,
+            context_length=self.trial.context_length,
             num_slots=1,
             weights_bytes=self.header.size,
             kv_cache_bytes=self._kv_cache_bytes,
@@ -104,20 +116,22 @@ class PreparedEmbeddings:
             return 0
         num_layers = self.header.get(f"{architecture}.block_count", int) or 0
         width = self.header.get(f"{architecture}.embedding_length", int) or 0
-        return 2 * num_layers * width * self.context_length * _BYTES_PER_KV_VALUE
+        return 2 * num_layers * width * self.trial.context_length * _BYTES_PER_KV_VALUE
 
 
 def on_llamacpp(
-    spec: ModelSpec, source: Path, header: GGUFFile, context_length: int, repack: bool, reason: str, budget: ComputeBudget
-) -> PreparedEmbeddings:
+    spec: ModelSpec, source: Path, header: GGUFFile, context_length: int, repack: bool, reason: str
+) -> EmbeddingModel:
+    """Raises ModelFileError."""
     from llmserve.engine.llamacpp_backend import LlamaCppSettings
     from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
     from llmserve.models.batch_model import make_tokenizer
 
+    _check_isolation(spec)
     pooling = choose_pooling(spec, header)
-    settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, repack)
 
-    def open_library() -> Opened:
+    def open_library(trial: Trial) -> Opened:
+        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, trial.repack)
         embedder = LlamaCppEmbedder(source, context_length, pooling, settings)
         try:
             return embedder, make_tokenizer(header, embedder), embedder.encode
@@ -125,23 +139,25 @@ def on_llamacpp(
             embedder.close()
             raise
 
-    library = f"llamacpp {version('llama_cpp_python')} {repack}"
-    return PreparedEmbeddings(spec, source, header, context_length, pooling, library, reason, budget, open_library)
+    library = f"llamacpp {version('llama_cpp_python')}"
+    trial = Trial("llamacpp-embeddings", context_length, pooling, repack)
+    return EmbeddingModel(spec, source, source, header, pooling, library, reason, trial, open_library)
 
 
 def on_ctransformers(
-    spec: ModelSpec, source: Path, path: Path, header: GGUFFile, context_length: int, reason: str, budget: ComputeBudget
-) -> PreparedEmbeddings:
+    spec: ModelSpec, source: Path, path: Path, header: GGUFFile, context_length: int, reason: str
+) -> EmbeddingModel:
     """`path` is the file that the library opens in the place of `source`. Raises ModelFileError."""
     from llmserve.engine.ctransformers_backend import CTransformersBackend
     from llmserve.engine.ctransformers_embedder import CTransformersEmbedder
     from llmserve.models.slot_model import make_tokenizer
 
+    _check_isolation(spec)
     if header.get("general.architecture", str) != "llama":
         raise ModelFileError("ctransformers gives vectors of llama models only; llama.cpp gives those of all.")
     pooling = choose_pooling(spec, header)
 
-    def open_library() -> Opened:
+    def open_library(trial: Trial) -> Opened:
         backend = CTransformersBackend(path, context_length)
         try:
             tokenizer = make_tokenizer(header, backend)
@@ -151,4 +167,10 @@ def on_ctransformers(
         return CTransformersEmbedder(backend, pooling), tokenizer, lambda text: tokenizer.encode([Text(text)] if text else [])
 
     library = f"ctransformers {version('ctransformers')}"
-    return PreparedEmbeddings(spec, source, header, context_length, pooling, library, reason, budget, open_library)
+    trial = Trial("ctransformers", context_length)
+    return EmbeddingModel(spec, source, path, header, pooling, library, reason, trial, open_library)
+
+
+def _check_isolation(spec: ModelSpec) -> None:
+    if spec.isolation == "process":
+        raise ModelFileError('isolation = "process" is for models that make text; this one makes vectors.')

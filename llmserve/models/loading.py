@@ -13,9 +13,7 @@ from llmserve.errors import ModelFileError
 from llmserve.models import sources
 
 if TYPE_CHECKING:
-    from llmserve.models.batch_model import PreparedBatch
-    from llmserve.models.embed_model import PreparedEmbeddings
-    from llmserve.models.slot_model import PreparedSlots
+    from llmserve.models.isolation import Model, ProcessModel, ThreadModel
 
 
 class Loader:
@@ -25,18 +23,23 @@ class Loader:
         self._cache_dir = Path(server.cache_dir)
         self._budget = ComputeBudget(server.cores or _num_cores())
 
-    def prepare(self, spec: ModelSpec) -> PreparedBatch | PreparedSlots | PreparedEmbeddings:
-        """Fetch, check, adapt and probe the model's file. Slow on the first time. Raises ModelFileError."""
+    def prepare(self, spec: ModelSpec) -> ProcessModel | ThreadModel:
+        """Fetch, check, adapt and perhaps probe the model's file. Slow on the first time. Raises ModelFileError."""
+        from llmserve.models import isolation
+
+        return isolation.prepare(self._find(spec), self._budget, self._cache_dir)
+
+    def _find(self, spec: ModelSpec) -> Model:
         engine, reason = choose_engine(spec, has_llamacpp())
         source = sources.fetch(spec, self._cache_dir)
         # Imported when needed: each of them imports its library.
         if engine == "llamacpp":
             from llmserve.models import batch_model
 
-            return batch_model.prepare(spec, source, reason, self._cache_dir, self._budget)
+            return batch_model.prepare(spec, source, reason, self._cache_dir)
         from llmserve.models import slot_model
 
-        return slot_model.prepare(spec, source, reason, self._cache_dir, self._budget)
+        return slot_model.prepare(spec, source, reason, self._cache_dir)
 
 
 def has_llamacpp() -> bool:

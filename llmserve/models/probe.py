@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmserve.errors import ModelFileError
-from llmserve.models.files import identity
+from llmserve.errors import ModelCrashed, ModelFileError
+from llmserve.models.files import fingerprint, identity
 
 if TYPE_CHECKING:  # it imports numpy
     from llmserve.engine.backend import Logits
@@ -42,10 +43,7 @@ def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
 
     Only good verdicts are remembered: a bad one may have had a passing reason, such as memory.
     """
-    library = f"{trial.engine}{version(_DISTRIBUTIONS[trial.engine])}"
-    verdict = (
-        cache_dir / "probed" / f"{identity(path)}-{library}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
-    )
+    verdict = _verdict(path, trial, cache_dir)
     if verdict.exists():
         return
     log.info("probing %s", path.name)
@@ -59,10 +57,50 @@ def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
     except subprocess.TimeoutExpired:
         raise ModelFileError(f"{path.name} could not be opened within {_TIMEOUT:g} s.") from None
     if child.returncode:
-        raise ModelFileError(f"{path.name} cannot be loaded: {_reason(child).replace(str(path), path.name)}.")
-    with suppress(OSError):  # a read-only folder costs a probe at each load, no more
-        verdict.parent.mkdir(parents=True, exist_ok=True)
-        verdict.touch()
+        error = ModelCrashed if child.returncode < 0 else ModelFileError
+        raise error(f"{path.name} cannot be loaded: {_reason(child).replace(str(path), path.name)}.")
+    remember(verdict)
+
+
+def check(path: Path, trial: Trial, cache_dir: Path) -> None:
+    """The same in this process, which may die of it."""
+    verdict = _verdict(path, trial, cache_dir)
+    if verdict.exists():
+        return
+    try:
+        error = _TRIALS[trial.engine](path, trial)
+    except RuntimeError:
+        os._exit(1)  # the library has said why, if it ever does
+    if error:
+        raise ModelFileError(f"{path.name} cannot be loaded: {error}.")
+    remember(verdict)
+
+
+def processor() -> str:
+    """16 hexadecimal digits for what this machine's processors can do, on which depends what code of a library runs."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return fingerprint([line for line in lines if line.startswith("flags")][:1])
+    return fingerprint(platform.platform())
+
+
+def no_repack_note(cache_dir: Path) -> Path:
+    """What exists when llama.cpp has died of repacked weights on this kind of processor."""
+    return cache_dir / "probed" / f"no-repack-llamacpp{version('llama_cpp_python')}-{processor()}"
+
+
+def _verdict(path: Path, trial: Trial, cache_dir: Path) -> Path:
+    """What exists when the file is known to be good."""
+    library = f"{trial.engine}{version(_DISTRIBUTIONS[trial.engine])}"
+    name = f"{identity(path)}-{library}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
+    return cache_dir / "probed" / name
+
+
+def remember(note: Path) -> None:
+    """Make an empty file. A folder that cannot be written to costs a probe at each load, no more."""
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def _reason(child: subprocess.CompletedProcess[bytes]) -> str:

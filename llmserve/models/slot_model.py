@@ -1,4 +1,4 @@
-"""From a model file to an engine on ctransformers: adapt it, probe it, open a slot after the other."""
+"""From a model file to an engine on ctransformers: adapt it, open a slot after the other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmserve.config import ModelSpec
 from llmserve.engine import gguf
+from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.ctransformers_backend import CTransformersBackend
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
@@ -17,9 +18,9 @@ from llmserve.engine.slot_engine import SlotEngine
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer
 from llmserve.errors import ModelFileError
-from llmserve.models import adapt, embed_model, ggml, probe
+from llmserve.models import adapt, embed_model, ggml
 from llmserve.models.common import choose_context_length, make_chat_template
-from llmserve.models.embed_model import PreparedEmbeddings
+from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
@@ -27,17 +28,14 @@ _BYTES_PER_KV_VALUE = 2  # float16
 _LONGEST_CHUNK = 512  # tokens; ctransformers has buffers for so many (llama.cpp's n_batch) and aborts beyond
 
 
-def prepare(
-    spec: ModelSpec, source: Path, reason: str, cache_dir: Path, budget: ComputeBudget
-) -> PreparedSlots | PreparedEmbeddings:
-    """Check, adapt and probe a file. Slow on the first time. Raises ModelFileError."""
+def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path) -> SlotModel | EmbeddingModel:
+    """Check and adapt a file. Slow on the first time. Raises ModelFileError."""
     path, facts = (source, _ggml_facts(spec, source)) if spec.model_type else _adapted(spec, source, cache_dir)
-    probe.probe(path, Trial("ctransformers", facts.context_length, facts.library_type), cache_dir)
     if spec.task == "embed":
         if facts.header is None:
             raise ModelFileError("ctransformers gives vectors of llama models in GGUF files only.")
-        return embed_model.on_ctransformers(spec, source, path, facts.header, facts.context_length, reason, budget)
-    return PreparedSlots(spec, path, facts, identity(source), reason, budget)
+        return embed_model.on_ctransformers(spec, source, path, facts.header, facts.context_length, reason)
+    return SlotModel(spec, path, facts, identity(source), reason)
 
 
 def _adapted(spec: ModelSpec, source: Path, cache_dir: Path) -> tuple[Path, _Facts]:
@@ -60,34 +58,43 @@ class _Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedSlots:
-    """A model whose file is here and known to open."""
+class SlotModel:
+    """A model whose file is here."""
 
     spec: ModelSpec
     path: Path
     facts: _Facts
     file_identity: str
     reason: str
-    budget: ComputeBudget
 
     @property
-    def memory_bytes(self) -> int:
-        return self.facts.weights_bytes + self.facts.kv_cache_bytes
+    def header(self) -> GGUFFile | None:
+        return self.facts.header
 
-    def open(self, statistics: StatisticsCounter) -> Engine:
-        """Load the model once per slot and build its tokenizer and chat template. Raises ModelFileError."""
-        spec = self.spec
+    @property
+    def trial(self) -> Trial:
+        return Trial("ctransformers", self.facts.context_length, self.facts.library_type)
+
+    def fallback(self, cache_dir: Path) -> None:
+        """There is no other way to open it."""
+
+    def tokenizer(self, *, reads: bool = True) -> Tokenizer | None:
+        """The one that needs no library: byte-level BPE. Raises ModelFileError."""
+        return _bpe_tokenizer(self.header, reads=reads)
+
+    def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
+        """Load the model once per slot; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         with ExitStack() as opened:
-            bpe = _bpe_tokenizer(self.facts.header)  # first, for what it leaves in memory is room for the slots' tables
-            backends = [opened.enter_context(closing(self._open_backend())) for _ in range(spec.slots)]
-            tokenizer = bpe or _library_tokenizer(self.facts.header, backends[0])
+            bpe = self.tokenizer(reads=reads_text)  # first, for what it leaves in memory is room for the slots' tables
+            backends = [opened.enter_context(closing(self._open_backend())) for _ in range(self.spec.slots)]
+            tokenizer = bpe or _library_tokenizer(self.header, backends[0])
             engine = SlotEngine(
-                info=self._info(),
+                info=self.info,
                 backends=backends,
                 tokenizer=tokenizer,
-                chat_template=make_chat_template(spec, self.facts.header, tokenizer),
-                budget=self.budget,
-                settings=EngineSettings(spec.max_waiting, min(spec.prefill_chunk, _LONGEST_CHUNK), spec.prefix_cache),
+                chat_template=make_chat_template(self.spec, self.header, tokenizer) if reads_text else ChatTemplate(None),
+                budget=budget,
+                settings=self.settings,
                 statistics=statistics,
             )
             opened.pop_all()  # the engine closes them from now on
@@ -99,7 +106,13 @@ class PreparedSlots:
         except RuntimeError as error:
             raise ModelFileError(f"{self.path.name} cannot be loaded: {error}.") from error
 
-    def _info(self) -> EngineInfo:
+    @property
+    def settings(self) -> EngineSettings:
+        spec = self.spec
+        return EngineSettings(spec.max_waiting, min(spec.prefill_chunk, _LONGEST_CHUNK), spec.prefix_cache)
+
+    @property
+    def info(self) -> EngineInfo:
         library = f"ctransformers {version('ctransformers')}"
         shape = (self.file_identity, self.facts.context_length, self.spec.chat_template, self.spec.model_type, library)
         return EngineInfo(
@@ -135,14 +148,15 @@ def _ggml_facts(spec: ModelSpec, path: Path) -> _Facts:
     return _Facts(None, file.library_type, context_length, spec.slots * file.size, spec.slots * kv_cache_bytes)
 
 
-def make_tokenizer(header: GGUFFile, backend: CTransformersBackend) -> Tokenizer:
+def make_tokenizer(header: GGUFFile | None, backend: CTransformersBackend) -> Tokenizer:
     return _bpe_tokenizer(header) or _library_tokenizer(header, backend)
 
 
-def _bpe_tokenizer(header: GGUFFile | None) -> Tokenizer | None:
+def _bpe_tokenizer(header: GGUFFile | None, *, reads: bool = True) -> Tokenizer | None:
+    """The one that needs no library: byte-level BPE. Raises ModelFileError."""
     if header is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return None
-    return BPETokenizer.from_gguf(header.metadata)
+    return BPETokenizer.from_gguf(header.metadata, reads=reads)
 
 
 def _library_tokenizer(header: GGUFFile | None, backend: CTransformersBackend) -> Tokenizer:

@@ -180,7 +180,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
 
 def _reason(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
     reason = "; ".join(errors or lines[-1:] or ["it gave no reason"]).rstrip(".")
     if "Retrying (Retry(" in output:  # pip calls a version missing also when it reached no index
         reason += " (connections to the package index failed)"

@@ -74,7 +74,8 @@ def text_of(generation):
 
 def bare_answer(prepared, engine, content, num_tokens):
     """The text of a greedy loop on the library alone."""
-    backend = CTransformersBackend(prepared.path, prepared.facts.context_length, prepared.spec.model_type)
+    model = prepared.model
+    backend = CTransformersBackend(model.path, model.info.context_length, model.spec.model_type)
     token_ids = prompt_of(engine, content)
     position = 0
     for _ in range(num_tokens):
@@ -211,7 +212,7 @@ def test_a_model_that_cannot_be_opened_leaves_nothing_behind(prepare, path, keys
     prepared = prepare(tiny_models.write_llama_bpe(path, keys=keys), **options)
     with pytest.raises(ModelFileError, match=reason):
         prepared.open(StatisticsCounter())
-    assert str(prepared.path) not in Path("/proc/self/maps").read_text()
+    assert str(prepared.model.path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Engines in processes of their own under other servers than ours."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from llmserve import create_app
+from llmserve.config import Config, ModelSpec, ServerConfig
+from tests.test_mounting import in_waitress, in_werkzeug
+from tests.tiny_models import write_llama_spm
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.mark.parametrize("run", [in_waitress, in_werkzeug])
+def test_under_another_server(tmp_path, run):
+    path = write_llama_spm(tmp_path / "tiny.gguf")
+    spec = ModelSpec(id="tiny", source=str(path), engine="ctransformers", isolation="process")
+    with closing(create_app(Config(ServerConfig(cache_dir=str(tmp_path / "cache")), models=(spec,)))) as app, run(app) as port:
+        for _ in range(2):
+            status, answer = harness.post(port, "/v1/chat/completions", BODY)
+            assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+        assert harness.post(port, "/v1/models/tiny?action=reload")[0] == 200
+        assert harness.post(port, "/v1/chat/completions", BODY)[0] == 200
+
+
+def test_mounted_where_each_of_several_workers_has_its_own(tmp_path):
+    path = write_llama_spm(tmp_path / "tiny.gguf")
+    config = tmp_path / "llmserve.toml"
+    config.write_text(harness.table(id="tiny", source=str(path), engine="ctransformers", isolation="process"))
+    environ = {"LLMSERVE_CONFIG": str(config), "LLMSERVE_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["-w", "2", "-k", "gthread", "--threads", "8", "tests.e2e.mounted:app"]
+    with harness.gunicorn(*arguments, environ=environ) as server:
+        deadline = time.monotonic() + 60
+        workers = set()
+        while len(workers) < 2 and time.monotonic() < deadline:
+            try:
+                workers.add(ask_who(server.port))
+                status, _ = harness.post(server.port, "/llm/v1/chat/completions", BODY)
+                assert status == 200
+            except OSError:
+                time.sleep(0.1)
+        assert len(workers) == 2
+        engines = [pid for worker in workers for pid in children(worker)]
+        assert len(engines) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in engines)
+
+
+def ask_who(port):
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", "/")
+        return int(connection.getresponse().read())
+
+
+def children(pid):
+    return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]

@@ -1,0 +1,126 @@
+"""Real servers, real faults, and the table of what came of them: FAULTS_REPORT names the file that it is written to."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from llmserve.models.loading import has_llamacpp
+from tests.faults.clients import Bystander, wait_for
+from tests.tiny_models import write_llama_bpe, write_llama_spm
+
+VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
+HEAD = "# What the server survives\n\n`make faults` breaks these things around a real server and writes this table.\n\n"
+HEAD += "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
+ROWS: list[str] = []
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/faults/" in str(item.path):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def report():
+    yield
+    path = os.environ.get("FAULTS_REPORT")
+    if path and ROWS:
+        Path(path).write_text(HEAD + "\n".join(sorted(ROWS)) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def note():
+    """Add a row to the table."""
+
+    def note(fault, saw, recovered=None, gap=None, lost="nothing"):
+        seconds = ["–" if value is None else f"{value:.2f} s" for value in (recovered, gap)]
+        ROWS.append(f"| {fault} | {saw} | {seconds[0]} | {seconds[1]} | {lost} |")
+        print(ROWS[-1])
+
+    return note
+
+
+class Running:
+    """A server under load: a model that faults happen to, another one that streams all the time, and a tiny one."""
+
+    def __init__(self, server, folder):
+        self.server = server
+        self.folder = folder
+        self.port = server.port
+
+    def worker(self):
+        return self.server.worker_pid()
+
+    def engine(self, model):
+        """The process id of a model's engine, None if there is none."""
+        return engine_of(self.worker(), model)
+
+    def ready(self, model):
+        assert harness.post(self.port, f"/v1/models/{model}?action=load")[0] == 200
+
+    @contextmanager
+    def bystander(self):
+        """Another model's stream, before, during and after the block, whose gaps are measured."""
+        stream = Bystander(self.port, BYSTANDER)
+        stream.start()
+        assert stream.flowing.wait(60)
+        before = harness.cpu_times()
+        try:
+            yield stream
+        finally:
+            stream.finish()
+        stream.stolen = harness.steal(before, harness.cpu_times())
+
+
+def engine_of(worker, model):
+    for pid in Path(f"/proc/{worker}/task").glob("*/children"):
+        for child in pid.read_text().split():
+            try:
+                command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"llmserve.models.child" in command and model.encode() in command:
+                return int(child)
+    return None
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    write_llama_spm(folder / "tiny.gguf")
+    write_llama_bpe(folder / "other.gguf")
+    process = {"isolation": "process", "prefix_cache": False}
+    config = harness.model_table(VICTIM, **process)
+    config += harness.model_table(BYSTANDER, engine="llamacpp" if has_llamacpp() else "ctransformers", slots=2, **process)
+    config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", slots=8, **process)
+    with harness.llmserve(config, log=folder / "log") as server:
+        yield Running(server, folder)
+    print((folder / "log").read_text()[-4000:])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request):
+    """After every fault all slots are free, and the server is well."""
+    yield
+    if "running" in request.fixturenames:
+        running = request.getfixturevalue("running")
+        for model in (VICTIM, BYSTANDER, TINY):
+            wait_for(lambda model=model: running.server.get(f"/v1/models/{model}")[1]["state"] != "loading", 30)
+            running.server.wait_until_idle(model, timeout=3.0)
+        assert running.server.get("/livez")[0] == 200
+
+
+def patience(stolen):
+    """How much longer things may take while the host takes cores away or others want them."""
+    return 30 if stolen > 0.05 or os.getloadavg()[0] > 1.5 * os.cpu_count() + 2 else 1
+
+
+def seconds_since(begun):
+    return time.monotonic() - begun

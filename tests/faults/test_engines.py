@@ -1,0 +1,202 @@
+"""What kills or stops an engine's process, at each phase of its life, while another model streams."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from tests.faults.clients import LONG, Client, ask, wait_for
+from tests.faults.conftest import BYSTANDER, TINY, VICTIM, engine_of, patience, seconds_since
+
+PHASES = ["loading", "prefill", "decode", "idle"]
+SIGNALS = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP]
+
+
+def load_and_hit(running, number):
+    """Send the signal to a process that loads; the status and reason that whoever asked for the load got."""
+    harness.post(running.port, f"/v1/models/{VICTIM}?action=unload")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(harness.post, running.port, f"/v1/models/{VICTIM}?action=load")
+        wait_for(lambda: running.engine(VICTIM))
+        os.kill(running.engine(VICTIM), number)
+        begun = time.monotonic()
+        status, body = answer.result(60)
+    return f"{status} {body['error']['code']}" if status != 200 else "200", begun
+
+
+def answer_and_hit(running, number, phase):
+    """Send it to a process that is at that phase of an answer, streamed and not; what the clients got."""
+    running.ready(VICTIM)
+    assert ask(running.port, VICTIM) == "200"
+    content = LONG if phase == "prefill" else "Write a very long story."
+    clients = [Client(running.port, VICTIM, content, stream=stream, max_tokens=500) for stream in (True, False)]
+    wait_for(lambda: running.server.get(f"/v1/models/{VICTIM}")[1]["running"] == 2)
+    if phase == "decode":
+        assert clients[0].flowing.wait(60)
+    os.kill(running.engine(VICTIM), number)
+    begun = time.monotonic()
+    return "; ".join(dict.fromkeys(client.outcome() for client in clients)), begun
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal(running, note, phase, number):
+    with running.bystander() as bystander:
+        if phase == "loading":
+            saw, begun = load_and_hit(running, number)
+            noticed = seconds_since(begun)
+            lost = "the load, which failed with the reason"
+            assert saw == "503 model_load_failed"
+            running.ready(VICTIM)
+        elif phase == "idle":
+            running.ready(VICTIM)
+            assert ask(running.port, VICTIM) == "200"
+            os.kill(running.engine(VICTIM), number)
+            begun, saw, noticed, lost = time.monotonic(), "nothing", 0.0, "nothing"
+            time.sleep(0.7)  # a client that comes before it is noticed would share its fate
+        else:
+            saw, begun = answer_and_hit(running, number, phase)
+            noticed = seconds_since(begun)
+            lost = "the answers in flight on it"
+            assert set(saw.split("; ")) <= {"503 engine_died", "200, then an error event (engine_died)"}
+        assert ask(running.port, VICTIM) == "200"
+        recovered = seconds_since(begun)
+    note(f"{number.name} of an engine, {phase}", saw, recovered, bystander.longest_gap, lost)
+    assert set(bystander.outcomes) == {"200"}
+    much = patience(bystander.stolen)
+    assert noticed <= 1.0 * much
+    assert recovered <= 2.7 * much
+    assert bystander.longest_gap <= 1.0 * much
+
+
+def test_a_memory_limit(running, note):
+    """No more memory for the engine than it has: allocations fail, in Python and in native code."""
+    running.ready(VICTIM)
+    pid = running.engine(VICTIM)
+    with running.bystander() as bystander:
+        with open(f"/proc/{pid}/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+        clients = [Client(running.port, VICTIM, LONG[:900], max_tokens=8) for _ in range(3)]
+        outcomes = {client.outcome() for client in clients}
+        begun = time.monotonic()
+        assert harness.post(running.port, f"/v1/models/{VICTIM}?action=unload")[0] == 200
+        running.ready(VICTIM)
+        assert ask(running.port, VICTIM) == "200"
+        recovered = seconds_since(begun)
+    note(
+        "no memory left for an engine", ", ".join(sorted(outcomes)), recovered, bystander.longest_gap, "answers that needed it"
+    )
+    assert outcomes <= {"200", "503 engine_died", "500 engine_failed"}
+    assert bystander.longest_gap <= patience(bystander.stolen)
+
+
+def test_the_servers_descriptors_are_used_up(running, note):
+    """An engine that dies then cannot be started again, and is as soon as there are some."""
+    running.ready(TINY)
+    worker = running.worker()
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    with running.bystander() as bystander:
+        used = len(os.listdir(f"/proc/{worker}/fd"))
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 1, limits[1]))
+        os.kill(running.engine(TINY), signal.SIGKILL)
+        wait_for(lambda: running.engine(TINY) is None)
+        time.sleep(0.5)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+        begun = time.monotonic()
+        saw = ask(running.port, TINY)
+        running.ready(TINY)
+        assert ask(running.port, TINY) == "200"
+        recovered = seconds_since(begun)
+    note("file descriptors exhausted as an engine dies", saw, recovered, bystander.longest_gap, "nothing")
+    assert bystander.longest_gap <= patience(bystander.stolen)
+
+
+@pytest.mark.parametrize("how", ["truncated", "replaced", "deleted"])
+def test_a_file_that_changes_while_it_is_loaded(running, note, how):
+    path = running.folder / "tiny.gguf"
+    backup = shutil.copy(path, running.folder / "backup")
+    running.ready(TINY)
+    with running.bystander() as bystander:
+        if how == "truncated":
+            os.truncate(path, path.stat().st_size // 2)
+        elif how == "replaced":
+            os.replace(shutil.copy(running.folder / "other.gguf", running.folder / "new"), path)
+        else:
+            path.unlink()
+        saw = ask(running.port, TINY)
+        harness.post(running.port, f"/v1/models/{TINY}?action=unload")
+        status, body = harness.post(running.port, f"/v1/models/{TINY}?action=load")
+        again = "a load takes the new file" if status == 200 else f"a load says: {body['error']['message']}"
+        os.replace(backup, path)
+        begun = time.monotonic()
+        harness.post(running.port, f"/v1/models/{TINY}?action=reload")
+        assert ask(running.port, TINY) == "200"
+        recovered = seconds_since(begun)
+    note(f"a loaded file is {how}", f"{saw}; {again.replace(str(running.folder) + '/', '')}", recovered, bystander.longest_gap)
+    assert saw == "200" or (how == "truncated" and "engine_died" in saw)
+    assert (status == 200) == (how == "replaced")
+    assert bystander.longest_gap <= patience(bystander.stolen)
+
+
+def test_the_worker_is_killed(running, note):
+    """gunicorn starts another; no engine outlives the one that had it."""
+    worker = running.worker()
+    engines = [engine_of(worker, model) for model in (VICTIM, BYSTANDER)]
+    os.kill(worker, signal.SIGKILL)
+    begun = time.monotonic()
+    wait_for(lambda: not any(engine and os.path.exists(f"/proc/{engine}") for engine in engines), 10)
+    gone = seconds_since(begun)
+    running.server.wait("/readyz")
+    assert ask(running.port, VICTIM) == "200"
+    note(
+        "SIGKILL of the server",
+        f"closed; its engines are gone after {gone:.2f} s",
+        seconds_since(begun),
+        lost="everything in flight",
+    )
+
+
+def facts(worker):
+    """Threads, descriptors and children of the server."""
+    children = sum(len(path.read_text().split()) for path in Path(f"/proc/{worker}/task").glob("*/children"))
+    return len(os.listdir(f"/proc/{worker}/task")), len(os.listdir(f"/proc/{worker}/fd")), children
+
+
+def test_crashes_in_a_row_leave_nothing(running, note):
+    """As many as FAULTS_CRASHES says."""
+    running.ready(TINY)
+    worker = running.worker()
+    temporary = set(os.listdir("/tmp"))
+    begun = time.monotonic()
+    num_crashes, before = int(os.environ.get("FAULTS_CRASHES", "40")), None
+    for number in range(num_crashes + 4):
+        assert ask(running.port, TINY) == "200"
+        if number == 4:  # its thread pool is as large as it gets
+            before = facts(worker)
+        clients = [Client(running.port, TINY, stream=stream, max_tokens=150) for stream in (True, False, True)]
+        os.kill(running.engine(TINY), signal.SIGKILL if number % 2 else signal.SIGSEGV)
+        assert all(client.outcome() for client in clients)
+    assert ask(running.port, TINY) == "200"
+    after = facts(worker)
+    pace = seconds_since(begun) / num_crashes
+    note(
+        f"{num_crashes} crashes in a row under load",
+        f"threads, descriptors, processes: {before}, {after}",
+        pace,
+        lost="what was in flight",
+    )
+    assert abs(after[0] - before[0]) <= 6
+    assert abs(after[1] - before[1]) <= 4
+    assert after[2] == before[2]
+    assert running.engine(TINY)
+    left = {name for name in set(os.listdir("/tmp")) - temporary if "llmserve" in name}
+    assert not left
