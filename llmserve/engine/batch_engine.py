@@ -72,6 +72,8 @@ class _Lane:
 class BatchEngine(Engine):
     """An engine on a backend that evaluates many sequences in one pass. Thread-safe: one thread has the backend and the lanes."""
 
+    threads_linger = True
+
     def __init__(
         self,
         info: EngineInfo,

@@ -82,11 +82,17 @@ class _Ticket:
 
 
 class Passes:
-    """One model's forward passes: each leases its cores, as many as helped the passes before it. Thread-safe."""
+    """One model's forward passes: each leases its cores, as many as helped the passes before it. Thread-safe.
 
-    def __init__(self, budget: ComputeBudget, clock: Callable[[], float] = time.monotonic) -> None:
+    `threads_linger`: whether the library's threads go on spinning for a moment when a pass has ended, as libgomp's do.
+    """
+
+    def __init__(
+        self, budget: ComputeBudget, clock: Callable[[], float] = time.monotonic, *, threads_linger: bool = False
+    ) -> None:
         self._budget = budget
         self._clock = clock
+        self._threads_linger = threads_linger
         self._guard = StallGuard(budget.cores)
 
     @contextmanager
@@ -97,7 +103,8 @@ class Passes:
             begun = self._clock()
             yield threads
             if not self._budget.contended:  # else the other passes' threads would be counted
-                self._guard.observe(num_tokens, threads, self._clock() - begun, count_free_cores(self._budget.cores))
+                free_cores = count_free_cores(self._budget.cores, num_own=threads if self._threads_linger else 1)
+                self._guard.observe(num_tokens, threads, self._clock() - begun, free_cores)
         finally:
             self._budget.release(threads)
 
@@ -188,8 +195,8 @@ def _size(num_tokens: int) -> int:
     return num_tokens.bit_length()
 
 
-def count_free_cores(cores: int) -> int:
-    """Cores of the machine that no thread but the caller's wants at this moment, `cores` where the system does not tell.
+def count_free_cores(cores: int, num_own: int = 1) -> int:
+    """Cores of the machine that no thread but `num_own` of the caller's wants at this moment, `cores` where the system does not tell.
 
     From the number of runnable threads in /proc/loadavg (proc(5)), which counts the whole machine, like `os.cpu_count`.
     """
@@ -198,4 +205,4 @@ def count_free_cores(cores: int) -> int:
             num_runnable = int(file.read().split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return cores
-    return (os.cpu_count() or cores) - (num_runnable - 1)
+    return (os.cpu_count() or cores) - max(0, num_runnable - num_own)
