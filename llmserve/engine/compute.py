@@ -110,7 +110,6 @@ class Passes:
 
 
 _CALIBRATING_PASSES = 3  # with one thread, when a model is new
-_SHORT = 16  # tokens; passes of no more than these calibrate, longer ones would delay the first answer
 _STALLED = 1.2  # times a single-threaded pass
 _FIRST_PENALTY = 2  # passes
 _LONGEST_PENALTY = 256
@@ -143,8 +142,8 @@ class StallGuard:
     def limit(self, num_tokens: int) -> int:
         """Most threads of the next pass, which is of so many tokens."""
         with self._lock:
-            if num_tokens <= _SHORT and self._single_seconds(num_tokens) is None:
-                return 1
+            if num_tokens == 1 and self._single_seconds(num_tokens) is None:
+                return 1  # longer passes are judged by it, and would take too long to find out about themselves
             return max(1, min(self._limit, max(self._free_cores)))
 
     def observe(self, num_tokens: int, threads: int, seconds: float, free_cores: int) -> None:
