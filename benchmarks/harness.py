@@ -169,12 +169,12 @@ def model_path() -> Path:
 def batch_model() -> tuple[Path, bool]:
     """The default model's file as llama.cpp runs it, and whether it does so with repacked weights."""
     from llmserve.config import DEFAULT_MODEL, load
-    from llmserve.models.batch_model import PreparedBatch
+    from llmserve.models.batch_model import BatchModel
     from llmserve.models.loading import Loader
 
-    prepared = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp"))
-    assert isinstance(prepared, PreparedBatch)
-    return prepared.path, prepared.repack
+    model = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp")).model
+    assert isinstance(model, BatchModel)
+    return model.path, model.repack
 
 
 @dataclass(frozen=True)

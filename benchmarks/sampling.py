@@ -14,12 +14,11 @@ import gguf
 import numpy as np
 
 from benchmarks.__main__ import CORES
-from llmserve.config import ModelSpec
-from llmserve.engine.compute import ComputeBudget
+from llmserve.config import ModelSpec, ServerConfig
 from llmserve.engine.generation import GenerationParams, SamplingParams
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.models import batch_model
+from llmserve.models.loading import Loader
 
 VOCABULARY, WIDTH, LAYERS, FEED_FORWARD, HEADS, KV_HEADS, HEAD = 262_144, 640, 18, 2048, 4, 1, 256
 STREAMS, TOKENS, ROUNDS = 8, 24, 3
@@ -110,9 +109,10 @@ def main() -> None:
     Sequence.sample = stopwatch.around(Sequence.sample)
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder) / "model.gguf")
-        spec = ModelSpec(id="model", source=str(path), slots=STREAMS, context_length=256, prompt_lookup=False)
-        prepared = batch_model.prepare(spec, path, "it is measured", Path(folder), ComputeBudget(CORES))
-        engine = prepared.open(StatisticsCounter())
+        spec = ModelSpec(
+            id="model", source=str(path), slots=STREAMS, context_length=256, prompt_lookup=False, engine="llamacpp"
+        )
+        engine = Loader(ServerConfig(cache_dir=folder, cores=CORES)).prepare(spec).open(StatisticsCounter())
         print(
             f"| sampling, {STREAMS} streams, {VOCABULARY} tokens | share of a step, {ROUNDS} rounds | at most |\n|---|---|---|"
         )

@@ -34,8 +34,8 @@ _LEAST_SHARED = 32
 
 _NO_TOKEN = -1
 
-CHUNKS_ALONE = 2
-"""Prefill chunks in a pass that no decoding sequence waits for: larger batches are faster, but whoever comes waits for their end."""
+MOST_CHUNKS = 4
+"""Prefill chunks in a pass while many more sequences read their prompts than wait for their next token: the sooner all decode, the better."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +71,8 @@ class _Lane:
 
 class BatchEngine(Engine):
     """An engine on a backend that evaluates many sequences in one pass. Thread-safe: one thread has the backend and the lanes."""
+
+    threads_linger = True
 
     def __init__(
         self,
@@ -234,8 +236,10 @@ class BatchEngine(Engine):
         """
         decoding = [lane for lane in self._lanes if lane.choice is not None and not lane.reading]
         reading = [lane for lane in self._lanes if lane.reading and lane.leader is None]
+        if len(decoding) == 1 and not reading:  # drafts of several would have different lengths: a pass of its own for each
+            return self._with_draft(decoding[0])
         batch = [(lane, 1) for lane in decoding]
-        room = self._settings.prefill_chunk * (1 if decoding else CHUNKS_ALONE)
+        room = self._settings.prefill_chunk * min(max(1, 1 + len(reading) - len(decoding)), MOST_CHUNKS)
         room = min(room, self._backend.batch_size - len(decoding))
         for lane in sorted(reading, key=lambda lane: lane.due):
             num_tokens = min(len(lane.pending), room)
@@ -243,23 +247,16 @@ class BatchEngine(Engine):
                 batch.append((lane, num_tokens))
                 room -= num_tokens
                 self._num_read += num_tokens
-        return self._with_drafts(batch)
+        return batch
 
-    def _with_drafts(self, batch: list[tuple[_Lane, int]]) -> list[tuple[_Lane, int]]:
-        """Add what the decoding sequences will probably say next, as far as that pays in a pass as full as this one."""
-        num_tokens = sum(num_tokens for _, num_tokens in batch)
-        drafted = []
-        for lane, count in batch:
-            if lane.lookup is not None and lane.sequence is not None:
-                wanted = self._pass_cost.draft_length(lane.lookup.accuracy, num_tokens)
-                room = min(lane.sequence.num_left - 1, self._backend.batch_size - num_tokens)
-                draft = lane.lookup.draft(min(wanted, room))
-                lane.pending += draft
-                lane.num_drafted = len(draft)
-                num_tokens += len(draft)
-                count += len(draft)
-            drafted.append((lane, count))
-        return drafted
+    def _with_draft(self, lane: _Lane) -> list[tuple[_Lane, int]]:
+        """The token of the only sequence there is, and what it will probably say next, as far as that pays."""
+        if lane.lookup is not None and lane.sequence is not None:
+            wanted = self._pass_cost.draft_length(lane.lookup.accuracy)
+            draft = lane.lookup.draft(min(wanted, lane.sequence.num_left - 1, self._backend.batch_size - 1))
+            lane.pending += draft
+            lane.num_drafted = len(draft)
+        return [(lane, len(lane.pending))]
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
         pieces = [self._piece(lane, num_tokens) for lane, num_tokens in batch]

@@ -204,11 +204,17 @@ class Lease:
 
 
 class Passes:
-    """One model's forward passes: each leases its cores, as many as helped the passes before it. Thread-safe."""
+    """One model's forward passes: each leases its cores, as many as helped the passes before it. Thread-safe.
 
-    def __init__(self, budget: ComputeBudget, clock: Callable[[], float] = time.monotonic) -> None:
+    `threads_linger`: whether the library's threads go on spinning for a moment when a pass has ended, as libgomp's do.
+    """
+
+    def __init__(
+        self, budget: ComputeBudget, clock: Callable[[], float] = time.monotonic, *, threads_linger: bool = False
+    ) -> None:
         self._budget = budget
         self._clock = clock
+        self._threads_linger = threads_linger
         self._guard = StallGuard(budget.cores)
 
     @contextmanager
@@ -219,13 +225,13 @@ class Passes:
             begun = self._clock()
             yield threads
             if not self._budget.contended:  # else the other passes' threads would be counted
-                self._guard.observe(num_tokens, threads, self._clock() - begun, count_free_cores(self._budget.cores))
+                free_cores = count_free_cores(self._budget.cores, num_own=threads if self._threads_linger else 1)
+                self._guard.observe(num_tokens, threads, self._clock() - begun, free_cores)
         finally:
             self._budget.release(threads)
 
 
 _CALIBRATING_PASSES = 3  # with one thread, when a model is new
-_SHORT = 16  # tokens; passes of no more than these calibrate, longer ones would delay the first answer
 _STALLED = 1.2  # times a single-threaded pass
 _FIRST_PENALTY = 2  # passes
 _LONGEST_PENALTY = 256
@@ -258,8 +264,8 @@ class StallGuard:
     def limit(self, num_tokens: int) -> int:
         """Most threads of the next pass, which is of so many tokens."""
         with self._lock:
-            if num_tokens <= _SHORT and self._single_seconds(num_tokens) is None:
-                return 1
+            if num_tokens == 1 and self._single_seconds(num_tokens) is None:
+                return 1  # longer passes are judged by it, and would take too long to find out about themselves
             return max(1, min(self._limit, max(self._free_cores)))
 
     def observe(self, num_tokens: int, threads: int, seconds: float, free_cores: int) -> None:
@@ -310,8 +316,8 @@ def _size(num_tokens: int) -> int:
     return num_tokens.bit_length()
 
 
-def count_free_cores(cores: int) -> int:
-    """Cores of the machine that no thread but the caller's wants at this moment, `cores` where the system does not tell.
+def count_free_cores(cores: int, num_own: int = 1) -> int:
+    """Cores of the machine that no thread but `num_own` of the caller's wants at this moment, `cores` where the system does not tell.
 
     From the number of runnable threads in /proc/loadavg (proc(5)), which counts the whole machine, like `os.cpu_count`.
     """
@@ -320,4 +326,4 @@ def count_free_cores(cores: int) -> int:
             num_runnable = int(file.read().split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return cores
-    return (os.cpu_count() or cores) - (num_runnable - 1)
+    return (os.cpu_count() or cores) - max(0, num_runnable - num_own)

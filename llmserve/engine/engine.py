@@ -105,6 +105,7 @@ class Engine(ABC):
     """One loaded model with its tokenizer, chat template and slots. Thread-safe. `generates`: whether it makes text."""
 
     generates = True
+    threads_linger = False  # as of Passes
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class Engine(ABC):
         self.chat_template = chat_template
         self.context_length = info.context_length
         self._budget = budget
-        self._passes = Passes(budget, clock)
+        self._passes = Passes(budget, clock, threads_linger=self.threads_linger)
         self._settings = settings
         self._statistics = statistics or StatisticsCounter()
         self._clock = clock

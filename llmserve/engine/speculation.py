@@ -77,20 +77,17 @@ class PassCost:
         self._typical.setdefault(num_tokens.bit_length(), _Typical(num_tokens)).add(num_tokens, seconds)
         self._fit()
 
-    def share_of_next(self, num_tokens: float) -> float:
-        """What one more token adds to a pass, as a part of what a token of it costs in the mean. At most 1."""
-        return self._slope * num_tokens / self._relative(num_tokens)
+    @property
+    def share(self) -> float:
+        """What a second token adds to a pass of one, as a part of what that takes. At most 1."""
+        return self._slope / (1 + self._slope)
 
-    def draft_length(self, accuracy: float, num_tokens: int) -> int:
-        """How many guessed tokens, each right with `accuracy` if all before it are, make a pass of `num_tokens` yield more than it costs."""
-        share = self.share_of_next(num_tokens)
+    def draft_length(self, accuracy: float) -> int:
+        """How many guessed tokens, each right with `accuracy` if all before it are, make a pass yield more than it costs."""
         accuracy = min(accuracy, _BEST_ACCURACY)
-        if accuracy <= share:
+        if accuracy <= self.share:
             return 0
-        return min(_LONGEST_DRAFT, int(math.log(share) / math.log(accuracy)))
-
-    def _relative(self, num_tokens: float) -> float:
-        return 1 + self._slope * num_tokens
+        return min(_LONGEST_DRAFT, int(math.log(self.share) / math.log(accuracy)))
 
     def _fit(self) -> None:
         """Least squares of the relative errors, as soon as passes of two sizes are known."""

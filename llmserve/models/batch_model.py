@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmserve.config import ModelSpec
 from llmserve.engine import gguf
-from llmserve.engine.batch_engine import CHUNKS_ALONE, BatchEngine
+from llmserve.engine.batch_engine import MOST_CHUNKS, BatchEngine
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
@@ -66,7 +66,7 @@ class BatchModel:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
-        batch_size = max(_SHORTEST_BATCH, CHUNKS_ALONE * spec.prefill_chunk + spec.slots)
+        batch_size = max(_SHORTEST_BATCH, MOST_CHUNKS * spec.prefill_chunk + spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
         except RuntimeError as error:

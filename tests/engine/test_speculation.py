@@ -65,21 +65,20 @@ def learned(seconds, sizes=(1, 1, 8, 1, 9, 32) * 20):
 
 def test_the_share_of_one_more_token_is_that_of_the_times_seen():
     cost = learned(lambda tokens: 0.008 + 0.007 * tokens)
-    assert cost.share_of_next(1) == pytest.approx(7 / 15, rel=0.01)
-    assert cost.share_of_next(8) == pytest.approx(56 / 64, rel=0.01)
+    assert cost.share == pytest.approx(7 / 15, rel=0.01)
 
 
 def test_a_stalled_pass_now_and_then_changes_little():
     stalls = iter([1, 1, 1, 1, 1, 50, 1, 1] * 100)
     cost = learned(lambda tokens: (0.008 + 0.007 * tokens) * next(stalls))
-    assert cost.share_of_next(1) == pytest.approx(7 / 15, rel=0.35)
+    assert cost.share == pytest.approx(7 / 15, rel=0.35)
 
 
 def test_passes_of_one_size_leave_the_cost_as_it_was():
     cost = learned(lambda tokens: 0.008 + 0.007 * tokens)
     for _ in range(1000):
         cost.observe(1, 0.015)
-    assert cost.share_of_next(1) == pytest.approx(7 / 15, rel=0.1)
+    assert cost.share == pytest.approx(7 / 15, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +86,10 @@ def test_passes_of_one_size_leave_the_cost_as_it_was():
 )
 def test_whatever_the_times_a_draft_has_a_length_within_bounds(seconds):
     cost = learned(seconds)
-    lengths = [cost.draft_length(accuracy / 20, size) for accuracy in range(21) for size in (1, 8, 64)]
+    lengths = [cost.draft_length(accuracy / 20) for accuracy in range(21)]
     assert min(lengths) == 0 and max(lengths) <= 24
 
 
-def test_longer_drafts_where_they_are_surer_and_passes_emptier():
+def test_longer_drafts_where_they_are_surer():
     cost = learned(lambda tokens: 0.008 + 0.007 * tokens)
-    assert [cost.draft_length(accuracy, 1) for accuracy in (0.3, 0.5, 0.8, 0.97)] == [0, 1, 3, 24]
-    assert [cost.draft_length(0.9, size) for size in (1, 2, 8, 40)] == [7, 4, 1, 0]
+    assert [cost.draft_length(accuracy) for accuracy in (0.3, 0.5, 0.8, 0.97)] == [0, 1, 3, 24]

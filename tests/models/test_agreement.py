@@ -31,7 +31,7 @@ def test_the_two_libraries_agree_on_a_real_text():
     from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
     loader = Loader(load().server)
-    old, new = (loader.prepare(replace(DEFAULT_MODEL, engine=engine)) for engine in ("ctransformers", "llamacpp"))
+    old, new = (loader.prepare(replace(DEFAULT_MODEL, engine=engine)).model for engine in ("ctransformers", "llamacpp"))
     theirs = CTransformersBackend(old.path, 512)
     ours = LlamaCppBackend(new.path, 512, 1, 64, LlamaCppSettings(repack=new.repack))
     try:
