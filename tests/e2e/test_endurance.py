@@ -96,12 +96,13 @@ def test_thirty_loads_and_unloads_leave_nothing(tmp_path):
                 assert harness.post(server.port, f"/v1/models/{MODEL}?action={action}")[0] == 200
             assert harness.chat(server.port, "Hello", 4).num_tokens
 
-        for _ in range(15):  # the allocator's arenas have grown to what a load needs after about ten
+        for _ in range(10):  # the allocator's arenas have grown to what a load needs then, and hold now more of it, now less
             cycle()
-        before = facts(server)
-        for _ in range(30):
+        seen = []
+        for _ in range(35):
             cycle()
-        after = facts(server)
+            seen.append(facts(server))
+    before, after = seen[:5], seen[-5:]
     print(f"before {before}, after {after}")
-    assert after[:2] == before[:2] or (abs(after[0] - before[0]) <= 2 and abs(after[1] - before[1]) <= 2)
-    assert after[2] <= before[2] * 1.05
+    assert all(abs(a - b) <= 2 for a, b in zip(after[-1][:2], before[-1][:2], strict=True))
+    assert min(pss for *_, pss in after) <= max(pss for *_, pss in before) * 1.05

