@@ -32,7 +32,7 @@ class Loop:
         params.n_seq_max = MAX_SEQUENCES
         params.n_batch = params.n_ubatch = 512
         params.kv_unified = False
-        params.flash_attn_type = 0  # short of 64 rows, it is the slower on a CPU
+        params.flash_attn_type = -1  # as the library has it
         self.context = library.llama_init_from_model(self.model, params)
         self.memory = library.llama_get_memory(self.context)
         self.batch = library.llama_batch_init(512, 0, 1)

@@ -131,14 +131,14 @@ class ModelSpec:
     )
     slots: int = _option(4, _integer(1, 64), "answers made at the same time")
     max_waiting: int = _option(32, _integer(0, 4096), "requests that may wait for a slot; one more is refused")
-    prefill_chunk: int = _option(32, _integer(1, 4096), "prompt tokens evaluated in one go")
+    prefill_chunk: int = _option(32, _integer(1, 4096), "prompt tokens evaluated in one go; llama.cpp takes multiples of 64")
     prefix_cache: bool = _option(True, _boolean, "keep a prompt's KV cache for the next prompt that begins alike")
     prompt_lookup: bool = _option(
         True, _boolean, "guess tokens from the text so far and evaluate several in one pass, where that pays; llama.cpp only"
     )
     kv_type: str = _option("f16", _one_of("f16", "f32", "q8_0", "q4_0"), "numbers of the KV cache; llama.cpp only")
     flash_attention: str = _option(
-        "auto", _one_of("auto", "on", "off"), "fused attention; auto is off on a CPU, where it is slower; llama.cpp only"
+        "auto", _one_of("auto", "on", "off"), "fused attention; auto is on wherever the library can; llama.cpp only"
     )
     gpu_layers: int = _option(0, _integer(0, 10**4), "layers that a GPU evaluates; llama.cpp only")
     chat_template: str = _option("", _string, "Jinja template, or the path of one, instead of the file's own")

@@ -92,11 +92,26 @@ class FakeBackend:
 
 
 class FakeBatchBackend:
-    """Several such caches, evaluated in one pass. It checks what llama.cpp would abort the process on."""
+    """Several such caches, evaluated in one pass. It checks what llama.cpp would abort the process on.
+
+    `rounding`: scores depend, as its do, on whether a position was evaluated in a whole piece of the grid: what the cache holds
+    of such a position is not the token id but its complement.
+    """
 
     vocab_size = VOCAB_SIZE
 
-    def __init__(self, reply: Reply = babble, context_length: int = 256, num_sequences: int = 3, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        reply: Reply = babble,
+        context_length: int = 256,
+        num_sequences: int = 3,
+        batch_size: int = 64,
+        *,
+        grid: int = 16,
+        rounding: bool = False,
+    ) -> None:
+        self.grid = grid
+        self._rounding = rounding
         self.context_length = context_length
         self.num_sequences = num_sequences
         self.batch_size = batch_size
@@ -113,6 +128,7 @@ class FakeBatchBackend:
         assert threads >= 1
         assert len({piece.sequence for piece in pieces}) == len(pieces), "a sequence twice in a pass"
         assert sum(len(piece.token_ids) for piece in pieces) <= self.batch_size, "more than a batch"
+        assert len({len(piece.token_ids) for piece in pieces}) == 1, "pieces of several lengths in a pass"
         self.passes.append([(piece.sequence, piece.position, len(piece.token_ids)) for piece in pieces])
         self.on_forward()
         self._asked_for.clear()
@@ -120,8 +136,10 @@ class FakeBatchBackend:
             held = self.held[piece.sequence]
             assert piece.token_ids and piece.position == len(held), "a hole in the cache, or two tokens at one position"
             assert piece.position + len(piece.token_ids) <= self.context_length, "beyond the cache"
+            whole = piece.position % self.grid == 0 and len(piece.token_ids) % self.grid == 0
+            assert whole or len(piece.token_ids) < self.grid, "a piece that is neither whole nor a rest"
             for token, token_id in enumerate(piece.token_ids):
-                held.append(token_id)
+                held.append(~token_id if self._rounding and whole else token_id)
                 last = token == len(piece.token_ids) - 1
                 if piece.wants_all or (piece.wants_logits and last):
                     self._asked_for[index, token] = scores_of(self.reply(held))

@@ -74,11 +74,18 @@ class BatchBackend(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Most token ids of one pass."""
+        """Most token ids of one pass; no less than `grid`."""
+        ...
+
+    @property
+    def grid(self) -> int:
+        """Prompts cut at multiples of this get the same scores, bit for bit: in pieces from one multiple to another, and a rest
+        of less than that."""
         ...
 
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
-        """Evaluate the pieces, each of another sequence. Releases the GIL. Raises RuntimeError when the library fails."""
+        """Evaluate the pieces, all of one length and each of another sequence. Releases the GIL. Raises RuntimeError when the library
+        fails."""
 
     def logits(self, index: int, token: int = -1) -> Logits:
         """Next-token scores after a token of piece `index` of the last pass that were asked for, shape (vocab_size,).

@@ -1,14 +1,20 @@
 """Continuous batching: one thread, and one forward pass for everybody, over and over.
 
-Each pass evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
-long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two passes.
+Each round evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
+long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two rounds.
 
-A prompt takes the longest beginning that any sequence holds, also one that is running, or is about to hold.
+An answer does not depend, to the last bit, on what else is evaluated beside it. The library rounds differently in pieces of
+different lengths: so prompts are cut at the same places whatever there is room for (the backend's grid), and a pass has
+pieces of one length only.
+
+A prompt takes the longest beginning that any sequence holds, also one that is running, or is about to hold, as far as it is
+what the prompt itself would have come to (engine/slots.py).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -22,19 +28,21 @@ from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, PromptScores
 from llmserve.engine.logprobs import PromptScorer
 from llmserve.engine.sequence import Sequence
-from llmserve.engine.slots import common_prefix_length, gain
+from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_reusable
 from llmserve.engine.speculation import PassCost, PromptLookup
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_LEAST_SHARED = 32
-"""Tokens that two prompts must have in common for cells to be copied, or waited for: fewer are evaluated as fast."""
+_LEAST_SHARED_AT_FIRST = 32
+"""Tokens that two prompts must have in common for cells to be copied, or waited for, while it is not known how fast they are read."""
+_COPY_RATE = 2e9
+"""Bytes per second of cells, which are copied as a whole, however few of them are in use. A modest one: to read is certain to be right."""
 
 _NO_TOKEN = -1
 
-MOST_CHUNKS = 4
+MOST_CHUNKS = 2
 """Prefill chunks in a pass while many more sequences read their prompts than wait for their next token: the sooner all decode, the better."""
 
 
@@ -52,6 +60,7 @@ class _Lane:
 
     number: int
     token_ids: list[int] = field(default_factory=list)  # evaluated
+    num_on_grid: int = 0  # of these, as of Slot
     pending: list[int] = field(default_factory=list)  # to be evaluated: a prompt's rest, or the token just sampled and a draft
     num_drafted: int = 0  # of the pending ones; guesses at what comes after the token just sampled
     choice: _Choice | None = None
@@ -64,9 +73,12 @@ class _Lane:
     lookup: PromptLookup | None = None  # of a sequence that decodes
     last_used: float = 0.0
 
-    def promised(self) -> list[int]:
-        """What it holds, or will hold when it has read its prompt."""
-        return self.token_ids + self.pending if self.reading else self.token_ids
+    def promised(self, grid: int) -> tuple[list[int], int]:
+        """What it holds, or will hold when it has read its prompt; and how much of that on the grid."""
+        if not self.reading:
+            return self.token_ids, self.num_on_grid
+        promised = self.token_ids + self.pending
+        return promised, advance_grid(self.num_on_grid, len(self.token_ids), len(promised), grid)
 
 
 class BatchEngine(Engine):
@@ -112,20 +124,20 @@ class BatchEngine(Engine):
             return self._closed_with is None
 
     def _advance(self) -> bool:
-        """One pass for everybody; whether there was anything to do."""
+        """One round for everybody; whether there was anything to do."""
         try:
             self._dismiss()
             self._admit()
             for lane in self._lanes:
                 self._follow(lane)
-            batch = self._plan()
-            if batch:
+            batches = self._plan()
+            for batch in batches:
                 self._pass(batch)
         except Exception as error:  # nobody knows what the cells hold then
             log.exception("the engine failed in a pass")
             self._reset(error)
             return True
-        return bool(batch)
+        return bool(batches)
 
     # Who comes and leaves.
 
@@ -167,7 +179,7 @@ class BatchEngine(Engine):
         lane.sequence = self._sequence(choice.job, choice.index)
         lane.scorer = self._prompt_scorer(choice.job) if scored else None
         best = max(shared, key=shared.__getitem__, default=lane.number)
-        if shared.get(best, 0) >= num_kept + _LEAST_SHARED:
+        if shared.get(best, 0) >= num_kept + self._least_shared():
             lane.leader, lane.num_shared = self._lanes[best], shared[best]
         self._note_cached(lane)
         return lane
@@ -176,7 +188,21 @@ class BatchEngine(Engine):
         """Tokens of the prompt that need not be evaluated, thanks to the lane: never all, for the last one gives the scores."""
         if not self._settings.prefix_cache:
             return 0
-        return min(common_prefix_length(lane.promised(), prompt_ids), len(prompt_ids) - 1)
+        grid = self._backend.grid
+        promised, num_on_grid = lane.promised(grid)
+        num_common = min(common_prefix_length(promised, prompt_ids), len(prompt_ids) - 1)
+        num_shared = num_reusable(num_common, num_on_grid, len(prompt_ids), grid)
+        if num_common <= num_on_grid:
+            return num_shared // grid * grid  # a piece that begins elsewhere is another one
+        # A last token by itself is rounded otherwise than in company, unless a fresh prefill leaves it alone too.
+        return num_shared - (num_shared == len(prompt_ids) - 1 and num_shared % grid > 0)
+
+    def _least_shared(self) -> int:
+        """Tokens that take as long to read as it takes to copy a sequence's cells."""
+        seconds = self._pass_cost.seconds_per_token
+        if seconds is None:
+            return _LEAST_SHARED_AT_FIRST
+        return max(1, math.ceil(self.info.kv_cache_bytes / self.info.num_slots / _COPY_RATE / seconds))
 
     def _follow(self, lane: _Lane) -> None:
         """Take what the leader has by now, if that is all there is to wait for."""
@@ -184,15 +210,16 @@ class BatchEngine(Engine):
         if leader is None or lane.choice is None:
             return
         if leader.choice is None:  # it holds what it holds
-            lane.num_shared = min(lane.num_shared, len(leader.token_ids))
+            lane.num_shared = self._num_shared(leader, lane.choice.job.prompt_ids)
         if len(leader.token_ids) < lane.num_shared:
             return
         lane.leader = None
-        if lane.num_shared >= len(lane.token_ids) + _LEAST_SHARED:
+        if lane.num_shared >= len(lane.token_ids) + self._least_shared():
             prompt_ids = lane.choice.job.prompt_ids
             self._backend.copy(leader.number, lane.number)
             self._backend.truncate(lane.number, lane.num_shared)
             lane.token_ids, lane.pending = prompt_ids[: lane.num_shared], prompt_ids[lane.num_shared :]
+            lane.num_on_grid = min(leader.num_on_grid, lane.num_shared)
             lane.due = self._num_read + len(lane.pending)
             self._note_cached(lane)
 
@@ -228,26 +255,30 @@ class BatchEngine(Engine):
 
     # What a pass does.
 
-    def _plan(self) -> list[tuple[_Lane, int]]:
-        """Lanes and how many of their pending tokens are evaluated now: every decoding one's, and a piece of the prompts.
+    def _plan(self) -> list[list[tuple[_Lane, int]]]:
+        """Passes, each of lanes and how many of their pending tokens are evaluated: every decoding one's, and a piece of the prompts.
 
-        One prompt is read after the other, for the library makes a pass of its own for pieces of each length. The shortest goes
-        first, but a long one need not wait for more tokens than it has (fair queueing by virtual finish times).
+        One prompt is read after the other, the shortest first, but a long one need not wait for more tokens than it has (fair
+        queueing by virtual finish times).
         """
         decoding = [lane for lane in self._lanes if lane.choice is not None and not lane.reading]
         reading = [lane for lane in self._lanes if lane.reading and lane.leader is None]
         if len(decoding) == 1 and not reading:  # drafts of several would have different lengths: a pass of its own for each
-            return self._with_draft(decoding[0])
-        batch = [(lane, 1) for lane in decoding]
-        room = self._settings.prefill_chunk * min(max(1, 1 + len(reading) - len(decoding)), MOST_CHUNKS)
-        room = min(room, self._backend.batch_size - len(decoding))
-        for lane in sorted(reading, key=lambda lane: lane.due):
-            num_tokens = min(len(lane.pending), room)
-            if num_tokens:
-                batch.append((lane, num_tokens))
+            return [self._with_draft(decoding[0])]
+        batches = {1: [(lane, 1) for lane in decoding]} if decoding else {}
+        grid = self._backend.grid
+        chunk = math.ceil(self._settings.prefill_chunk / grid) * grid
+        room = min(chunk * min(max(1, 1 + len(reading) - len(decoding)), MOST_CHUNKS), self._backend.batch_size)
+        for lane in sorted(reading, key=self._due):
+            if num_tokens := _piece_length(len(lane.token_ids), len(lane.pending), room, grid):
+                batches.setdefault(num_tokens, []).append((lane, num_tokens))
                 room -= num_tokens
                 self._num_read += num_tokens
-        return batch
+        return list(batches.values())
+
+    def _due(self, lane: _Lane) -> int:
+        """When a prompt is due, or the first of those that wait for its beginning."""
+        return min([lane.due, *(self._due(other) for other in self._lanes if other.leader is lane)])
 
     def _with_draft(self, lane: _Lane) -> list[tuple[_Lane, int]]:
         """The token of the only sequence there is, and what it will probably say next, as far as that pays."""
@@ -268,6 +299,9 @@ class BatchEngine(Engine):
         for index, (lane, piece) in enumerate(zip((lane for lane, _ in batch), pieces, strict=True)):
             if lane.scorer is not None:
                 self._score(lane, lane.scorer, index, piece)
+            lane.num_on_grid = advance_grid(
+                lane.num_on_grid, piece.position, piece.position + len(piece.token_ids), self._backend.grid
+            )
             lane.token_ids += piece.token_ids
             del lane.pending[: len(piece.token_ids)]
             if not lane.pending:
@@ -333,9 +367,23 @@ class BatchEngine(Engine):
         """Note the token of a sequence whose next ones may be guessed."""
         if lane.lookup is not None:
             lane.lookup.append(token_id)
-        elif self._settings.prompt_lookup:
+        elif self._settings.prompt_lookup and _may_be_drafted(lane.choice):
             lane.lookup = PromptLookup([*lane.token_ids, token_id])
 
     def _truncate(self, lane: _Lane, num_tokens: int) -> None:
         self._backend.truncate(lane.number, num_tokens)
         del lane.token_ids[num_tokens:]
+        lane.num_on_grid = min(lane.num_on_grid, num_tokens)
+
+
+def _piece_length(position: int, num_pending: int, room: int, grid: int) -> int:
+    """How many of a prompt's tokens to read now, 0 for none: up to a multiple of the grid, or the rest behind the last one."""
+    last = (position + num_pending) // grid * grid
+    if position >= last:
+        return num_pending if num_pending <= room else 0
+    return max(0, min((position + room) // grid * grid, last) - position)
+
+
+def _may_be_drafted(choice: _Choice | None) -> bool:
+    """Whoever gives a seed wants the same answer again, and whoever asks for probabilities the same numbers: to the last bit."""
+    return choice is not None and choice.job.params.sampling.seed is None and choice.job.params.logprobs is None

@@ -29,6 +29,10 @@ FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 """Of enum ggml_log_level (ggml.h). What it tells of a load is for those who look for a fault."""
 
+_GRID = 64
+"""Rows from which on the library's fused attention has a kernel of its own (ggml-cpu/ops.cpp), which rounds otherwise. Measured:
+pieces of 64, 128 and 256 tokens that begin at multiples of 64 give the same bits, and so do shorter ones of any length."""
+
 _Context = Any  # a pointer
 
 _errors = threading.local()
@@ -49,6 +53,8 @@ class LlamaCppBackend:
 
     Not thread-safe, but for what only reads the vocabulary: `tokenize`, `piece`, `is_end`.
     """
+
+    grid = _GRID
 
     def __init__(
         self,
@@ -204,20 +210,10 @@ def _context_params(backend: LlamaCppBackend, settings: LlamaCppSettings) -> Any
     params.n_seq_max = backend.num_sequences
     params.n_batch = params.n_ubatch = backend.batch_size
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    params.flash_attn_type = FLASH_ATTENTION[_flash_attention(settings)]
+    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
     params.kv_unified = False
     params.no_perf = True
     return params
-
-
-def _flash_attention(settings: LlamaCppSettings) -> str:
-    """On a CPU "auto" is off: there the fused kernel takes up to three times as long for passes of less than 64 tokens of a sequence.
-
-    Quantized values need it.
-    """
-    if settings.flash_attention != "auto" or settings.gpu_layers:
-        return settings.flash_attention
-    return "on" if settings.kv_type.startswith("q") else "off"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A model's slots: KV caches, what each holds, and which one a prompt should take."""
+"""A model's slots: KV caches, what each holds and how it came there, and which one a prompt should take."""
 
 from __future__ import annotations
 
@@ -31,14 +31,8 @@ class Slot:
         """
         if not self._prefix_cache:
             return 0
-        grid = self.backend.grid
         num_common = min(common_prefix_length(self.token_ids, prompt_ids), len(prompt_ids) - 1)
-        num_full = len(prompt_ids) // grid * grid  # a fresh prefill has this many positions on the grid, the tail off it
-        if num_common <= self.num_on_grid or num_full < self.num_on_grid:
-            return min(num_common, num_full)
-        if num_full == self.num_on_grid or num_common - self.num_on_grid >= grid:
-            return num_common
-        return self.num_on_grid
+        return num_reusable(num_common, self.num_on_grid, len(prompt_ids), self.backend.grid)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget what is behind the first `num_tokens` positions."""
@@ -57,9 +51,23 @@ class Slot:
             self.truncate(0)
             raise
         self.token_ids.extend(token_ids)
-        if self.num_on_grid == position:
-            self.num_on_grid = max(position, len(self.token_ids) // self.backend.grid * self.backend.grid)
+        self.num_on_grid = advance_grid(self.num_on_grid, position, len(self.token_ids), self.backend.grid)
         return self.backend.logits()
+
+
+def num_reusable(num_common: int, num_on_grid: int, num_prompt_tokens: int, grid: int) -> int:
+    """How many of the `num_common` tokens that a prompt begins with need no prefill where a cache holds them, as `Slot` says."""
+    num_full = num_prompt_tokens // grid * grid  # a fresh prefill has this many positions on the grid, the tail off it
+    if num_common <= num_on_grid or num_full < num_on_grid:
+        return min(num_common, num_full)
+    if num_full == num_on_grid or num_common - num_on_grid >= grid:
+        return num_common
+    return num_on_grid
+
+
+def advance_grid(num_on_grid: int, position: int, end: int, grid: int) -> int:
+    """How many leading positions are on the grid when those from `position` to `end` were evaluated in one go."""
+    return max(position, end // grid * grid) if num_on_grid == position else num_on_grid
 
 
 def choose(idle: Sequence[Slot], prompt_ids: Sequence[int]) -> Slot:

@@ -17,7 +17,6 @@ _LONGEST_DRAFT = 24  # tokens
 
 _SLOPE_AT_FIRST = 1.0
 _SLOPES = (0.25, 100.0)  # what is believed; less than the first was never seen on a CPU but in noise
-_SLOPES = (0.25, 100.0)  # what is believed; less than the first was never seen on a CPU but in noise
 _KNOWN_AFTER = 3  # passes
 _PASS_RATE = 0.2  # of learning
 _LARGEST_STEP = 0.05  # of the time known, so that a pass that another program has held up changes little
@@ -76,6 +75,12 @@ class PassCost:
         """Learn from a pass."""
         self._typical.setdefault(num_tokens.bit_length(), _Typical(num_tokens)).add(num_tokens, seconds)
         self._fit()
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """In passes of the size in which a token costs least, as far as is known."""
+        known = [typical for typical in self._typical.values() if typical.known]
+        return min((typical.seconds / typical.num_tokens for typical in known), default=None)
 
     @property
     def share(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,6 @@ from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-_SHORTEST_BATCH = 64
-"""Tokens of a pass that any configuration has room for, so that a lone sequence can be given a long draft."""
 
 
 def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path) -> BatchModel | EmbeddingModel:
@@ -66,7 +65,8 @@ class BatchModel:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
-        batch_size = max(_SHORTEST_BATCH, MOST_CHUNKS * spec.prefill_chunk + spec.slots)
+        chunk = math.ceil(spec.prefill_chunk / LlamaCppBackend.grid) * LlamaCppBackend.grid
+        batch_size = max(MOST_CHUNKS * chunk, spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
         except RuntimeError as error:

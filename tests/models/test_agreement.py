@@ -1,11 +1,14 @@
-"""Both libraries on one file: the same text gets the same probabilities."""
+"""Both libraries on one file: the same text gets the same probabilities. And one of them, whatever else it does."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from llmserve.config import DEFAULT_MODEL, load
+from llmserve.engine.generation import Delta, GenerationEnd, GenerationParams, SamplingParams
+from llmserve.engine.statistics import StatisticsCounter
 from llmserve.models.loading import Loader, has_llamacpp
 
 pytestmark = [
@@ -51,3 +54,38 @@ def test_the_two_libraries_agree_on_a_real_text():
     )
     assert len(token_ids) > 100
     assert np.mean(divergences) <= 0.02
+
+
+@pytest.mark.parametrize("kernels", [{}, {"flash_attention": "off"}, {"kv_type": "q8_0"}], ids=["fused", "plain", "quantized"])
+def test_an_answer_is_the_same_to_the_last_bit_alone_among_eight_and_with_shared_prefixes(kernels):
+    """Log-probabilities are compared, of prompts whose lengths lie on both sides of where they are cut."""
+
+    def engine(cores, **options):
+        loader = Loader(replace(load().server, cores=cores))
+        spec = replace(DEFAULT_MODEL, engine="llamacpp", slots=8, context_length=512, **kernels, **options)
+        return closing(loader.prepare(spec).open(StatisticsCounter()))
+
+    def submit(engine, prompt_ids):
+        return engine.submit(
+            prompt_ids, GenerationParams(12, sampling=SamplingParams(temperature=0), logprobs=2, ignore_eos=True)
+        )
+
+    def scores_of(generation):
+        *events, end = generation.events(120)
+        assert isinstance(end, GenerationEnd)
+        return [score for event in events if isinstance(event, Delta) for score in event.tokens], end.num_cached_tokens
+
+    with engine(cores=2, prefix_cache=False) as lone, engine(cores=2) as shared, engine(cores=1) as slow:
+        token_ids = lone.tokenizer.encode([*lone.chat_template.render([{"role": "user", "content": TEXT}])])
+        prompts = [token_ids[:length] for length in (20, 63, 64, 65, 100, 128, 129)] + [token_ids[30:120]]
+        alone = [scores_of(submit(lone, prompt_ids))[0] for prompt_ids in prompts]
+        assert all(len(scores) == 12 for scores in alone)
+        num_cached = 0
+        for engine_of_many in (shared, slow):
+            for _ in range(2):
+                together = [submit(engine_of_many, prompt_ids) for prompt_ids in prompts]
+                for generation, expected in zip(together, alone, strict=True):
+                    scores, num_cached_here = scores_of(generation)
+                    assert scores == expected
+                    num_cached += num_cached_here
+        assert num_cached > 400
