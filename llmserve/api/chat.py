@@ -20,6 +20,7 @@ from llmserve.api.schema import ChatRequest
 from llmserve.api.tools import ToolUse
 from llmserve.engine import tool_formats, tool_prompts
 from llmserve.engine.generation import Event, GenerationParams, Grammar
+from llmserve.engine.json_schema import without_others
 from llmserve.engine.output_parser import THINK, OutputParser
 from llmserve.errors import TemplateError
 
@@ -108,7 +109,7 @@ def _check_schemas(use: ToolUse) -> None:
     """Raises InvalidGrammar that names the function whose parameters cannot be enforced."""
     for index, function in enumerate(use.functions):
         path = f"functions[{index}].parameters" if use.legacy else f"tools[{index}].function.parameters"
-        check_guide(Guide(path, Grammar("json_schema", json.dumps(function.schema))))
+        check_guide(Guide(path, Grammar("json_schema", json.dumps(without_others(function.schema)))))
 
 
 def _opening(segments: Sequence[Segment]) -> str:

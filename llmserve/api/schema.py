@@ -49,6 +49,7 @@ from llmserve.api.tools import (
     resolve_legacy,
 )
 from llmserve.engine.generation import GenerationParams, Grammar
+from llmserve.engine.json_schema import without_others
 from llmserve.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class ChatRequest(GenerationFields):
         if isinstance(self.response_format, JSONObjectFormat):
             guides.insert(0, Guide("response_format", Grammar("json_schema", '{"type": "object"}')))
         elif isinstance(self.response_format, JSONSchemaFormat):
-            schema = json.dumps(self.response_format.json_schema.schema, ensure_ascii=False)
+            schema = json.dumps(without_others(self.response_format.json_schema.schema), ensure_ascii=False)
             guides.insert(0, Guide("response_format.json_schema.schema", Grammar("json_schema", schema)))
         return guides
 

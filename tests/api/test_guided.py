@@ -37,6 +37,15 @@ def test_a_cut_answer_says_so(served):
     assert reason(response) == "length"
 
 
+@pytest.mark.parametrize(("others", "ended"), [({}, "stop"), ({"additionalProperties": True}, "length")])
+def test_members_are_not_made_up_unless_the_schema_asks_for_them(served, others, ended):
+    """A model that would write members for ever: to close an object is the last that it wants."""
+    schema = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"} | others
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    response = served.chat(response_format=form, temperature=0, max_tokens=100, logit_bias={str(ord("}")): -100})
+    assert reason(response) == ended
+
+
 def test_a_json_object_is_one(served):
     response = served.chat(
         response_format={"type": "json_object"}, temperature=0, max_tokens=200, logit_bias={str(ord("}")): 100}
