@@ -67,7 +67,7 @@ _ANSWERS: Mapping[str, JSON] = {
     urls.APPLY_TEMPLATE: _object(prompt=_STRING),
 }
 _STREAMING = frozenset({urls.CHAT, urls.COMPLETIONS})
-_OUTCOMES = ("400", "401", "403", "404", "405", "413", "415", "500", "503", "504")
+_OUTCOMES = ("400", "401", "403", "404", "405", "413", "500", "503", "504")
 
 
 def serve(ctx: Context, request: Request) -> Response:
