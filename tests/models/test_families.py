@@ -48,7 +48,7 @@ def ask(request):
     client = Client(app)
 
     def ask(family, **fields):
-        body = {"model": family, "messages": [QUESTION], "tools": TOOLS, "temperature": 1.5, "max_tokens": 100} | fields
+        body = {"model": family, "messages": [QUESTION], "tools": TOOLS, "temperature": 1.5, "max_tokens": 200} | fields
         response = client.post("/v1/chat/completions", json=body, buffered=True)
         assert response.status_code == 200, response.text
         return response
@@ -78,7 +78,7 @@ def test_a_forced_call_is_right_at_a_temperature_of_1_5(ask, family, choice, see
 def test_a_loop_of_three_turns_ends(ask, family):
     messages = [QUESTION]
     for choice in ("required", "required", "none"):
-        (answer,) = ask(family, messages=messages, tool_choice=choice, max_tokens=200, seed=2).json["choices"]
+        (answer,) = ask(family, messages=messages, tool_choice=choice, seed=2).json["choices"]
         messages.append(answer["message"])
         calls = answer["message"].get("tool_calls", [])
         assert bool(calls) == (choice == "required")
