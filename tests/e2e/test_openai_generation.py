@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -111,6 +112,18 @@ CHECKS = {
     "template variables": ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, lambda text, reason: text),
     "passive": (
         {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "verbosity": "low"},
+        lambda text, reason: text,
+    ),
+    "more that is passive": (
+        {
+            "safety_identifier": "s",
+            "prompt_cache_key": "k",
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"ttl": "30m"},
+            "prediction": {"type": "content", "content": "A small town"},
+            "modalities": ["text"],
+            "reasoning_effort": "none",
+        },
         lambda text, reason: text,
     ),
     "nulls": ({"stop": None, "n": None, "logit_bias": None, "tools": None, "response_format": None}, lambda text, reason: text),
@@ -225,6 +238,30 @@ def test_the_stream_helper_parses_too(client):
     assert {"content.delta", "content.done"} <= kinds
 
 
+def test_the_async_client_parses_whole_and_streamed(base_url):
+    asked = {"model": MODEL, "messages": MESSAGES, "response_format": House, "max_tokens": 200, "temperature": 1, "seed": 3}
+
+    async def run():
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+            whole = await client.chat.completions.parse(**asked)
+            async with client.chat.completions.stream(**asked) as stream:
+                return whole, await stream.get_final_completion()
+
+    whole, streamed = (answer.choices[0].message.parsed for answer in asyncio.run(run()))
+    assert isinstance(whole, House)
+    assert whole == streamed
+
+
+def test_an_object_that_says_nothing_of_other_members_has_none(client):
+    """Not strict, and without `additionalProperties`: a small model would write members until it is cut."""
+    schema = {"type": "object", "properties": {"town": {"type": "string", "maxLength": 12}}, "required": ["town"]}
+    form = {"type": "json_schema", "json_schema": {"name": "town", "schema": schema}}
+    for seed in range(3):
+        (choice,) = ask(client, response_format=form, max_tokens=120, temperature=1.2, seed=seed).choices
+        assert choice.finish_reason == "stop"
+        assert json.loads(choice.message.content).keys() == {"town"}
+
+
 def test_a_final_message_is_continued(client):
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three,"}]
     text = ask(client, messages=messages, temperature=0, extra_body={"continue_final_message": True}).choices[0].message.content
@@ -237,6 +274,13 @@ BAD = [
     ({"extra_body": {"regex": "("}}, "invalid_grammar"),
     ({"extra_body": {"regex": "a", "choice": ["b"]}}, "invalid_value"),
     ({"logit_bias": {"999999": 1}}, "invalid_value"),
+    ({"audio": {"voice": "alloy", "format": "wav"}}, "unsupported_parameter"),
+    ({"modalities": ["text", "audio"]}, "unsupported_parameter"),
+    ({"web_search_options": {}}, "unsupported_parameter"),
+    ({"moderation": {"model": "m"}}, "unsupported_parameter"),
+    ({"reasoning_effort": "huge"}, "invalid_value"),
+    ({"n": 129}, "integer_above_max_value"),
+    ({"stop": ["a"] * 17}, "array_above_max_length"),
     ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value"),
 ]
 
