@@ -281,10 +281,9 @@ def _section(method: str, path: str, operation: dict[str, Any], structs: dict[st
     if "requestBody" not in operation:
         return heading
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    members = sorted(
-        structs[name]["properties"].items(), key=lambda member: _rank(member[1], member[0] in structs[name]["required"])
-    )
-    rows = [_row(member, schema, structs[name]["required"], structs) for member, schema in members]
+    required = structs[name]["required"]
+    members = sorted(structs[name]["properties"].items(), key=lambda member: _rank(*member, required))
+    rows = [_row(member, schema, required, structs) for member, schema in members]
     return f"{heading}<details><summary>Body</summary><table><tr><th>name<th>what it takes<th>default</tr>{''.join(rows)}</table></details>"
 
 
@@ -296,9 +295,9 @@ def _row(name: str, schema: dict[str, Any], required: list[str], structs: dict[s
     return f"<tr>{''.join(f'<td{style}>{cell}</td>' for cell in (*cells, note))}</tr>"
 
 
-def _rank(schema: dict[str, Any], required: bool) -> int:
+def _rank(name: str, schema: dict[str, Any], required: list[str]) -> int:
     """What must be there comes first, what does nothing last."""
-    return 0 if required else 2 if "description" in schema or schema.get("type") == "null" else 1
+    return 0 if name in required else 2 if "description" in schema or schema.get("type") == "null" else 1
 
 
 def _default(schema: dict[str, Any]) -> str:

@@ -30,10 +30,11 @@ TEXTS = frozenset(text for form in FORMATS for text in (form.prefix, form.suffix
 
 
 def render(prefix: str, suffix: str, control_texts: Collection[str]) -> tuple[Segment, ...] | None:
-    """The prompt by which a model with these control tokens fills the gap; None if it has none for that."""
+    """The prompt by which a model with these control tokens fills the gap, no segment empty; None if it has none for that."""
     for form in FORMATS:
-        if form.prefix in control_texts and form.suffix in control_texts and (not form.middle or form.middle in control_texts):
+        needed = [text for text in (form.prefix, form.suffix, form.middle) if text]
+        if all(text in control_texts for text in needed):
             before, behind = (Control(form.prefix), Text(prefix)), (Control(form.suffix), Text(suffix))
             shown = (*behind, *before) if form.suffix_first else (*before, *behind)
-            return (*shown, Control(form.middle)) if form.middle else shown
+            return tuple(segment for segment in (*shown, Control(form.middle)) if segment.text)
     return None

@@ -36,6 +36,11 @@ def test_a_model_without_all_of_them_cannot(tokens):
     assert infill.render("a", "b", tokens.split()) is None
 
 
+def test_a_gap_at_the_beginning_has_nothing_before_it():
+    segments = infill.render("", "BEHIND", ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    assert segments == (Control("<fim_prefix>"), Control("<fim_suffix>"), Text("BEHIND"), Control("<fim_middle>"))
+
+
 def test_users_words_stay_text():
     segments = infill.render("<fim_suffix>", "<fim_middle>", ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
     assert segments[1::2] == (Text("<fim_suffix>"), Text("<fim_middle>"))
