@@ -282,7 +282,7 @@ def _section(method: str, path: str, operation: dict[str, Any], structs: dict[st
         return heading
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
     required = structs[name]["required"]
-    members = sorted(structs[name]["properties"].items(), key=lambda member: _rank(*member, required))
+    members = sorted(structs[name]["properties"].items(), key=lambda member: _rank(member[0], member[1], required))
     rows = [_row(member, schema, required, structs) for member, schema in members]
     return f"{heading}<details><summary>Body</summary><table><tr><th>name<th>what it takes<th>default</tr>{''.join(rows)}</table></details>"
 
