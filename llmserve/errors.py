@@ -103,7 +103,7 @@ class ModelNotFound(InvalidRequest):
     code = "model_not_found"
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"The model `{name}` does not exist or you do not have access to it.", param="model")
+        super().__init__(f"The model `{name}` does not exist or you do not have access to it.")
 
 
 class UnknownURL(InvalidRequest):
@@ -126,7 +126,6 @@ class BodyTooLarge(InvalidRequest):
 
 
 class UnsupportedContentType(InvalidRequest):
-    status = 415
     code = "unsupported_content_type"
 
 

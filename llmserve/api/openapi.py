@@ -13,6 +13,7 @@ from llmserve.api.completions import CompletionRequest
 from llmserve.api.context import Context, Request
 from llmserve.api.embeddings import EmbeddingsRequest
 from llmserve.api.fields import Field, Parser, Struct
+from llmserve.api.parameters import INT32_MAX
 from llmserve.api.responses import Response, json_response
 from llmserve.api.schema import ChatRequest
 from llmserve.api.tokens import DetokenizeRequest, TokenizeRequest
@@ -67,7 +68,7 @@ _ANSWERS: Mapping[str, JSON] = {
     urls.APPLY_TEMPLATE: _object(prompt=_STRING),
 }
 _STREAMING = frozenset({urls.CHAT, urls.COMPLETIONS})
-_OUTCOMES = ("400", "401", "403", "404", "405", "413", "415", "500", "503", "504")
+_OUTCOMES = ("400", "401", "403", "404", "405", "413", "500", "503", "504")
 
 
 def serve(ctx: Context, request: Request) -> Response:
@@ -229,6 +230,8 @@ def _member(field: Field, structs: dict[str, JSON]) -> dict[str, JSON]:
     if field.default is ...:
         return schema
     schema = _or_null(schema)
+    if field.passive:
+        schema = schema | {"description": "Checked, and changes nothing."}
     return schema if field.default in (None, ()) else schema | {"default": field.default}
 
 
@@ -250,18 +253,20 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 0; font-size: 1.1rem; font-family: ui-monospace, monospace; }
 h2 b { display: inline-block; min-width: 3.5rem; } p { margin: .3rem 0 .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;
-border-top: 1px solid var(--line); } code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; } details { margin: .3rem 0; }
+border-top: 1px solid var(--line); } td:first-child { white-space: nowrap; } td:last-child { white-space: nowrap; padding-right: 0; }
+td.passive { opacity: .6; } code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; } details { margin: .3rem 0; }
+@media (max-width: 40rem) { tr, td { display: block; } tr:first-child { display: none; } tr { border-top: 1px solid var(--line); padding: .3rem 0; }
+td { border: 0; padding: 0; } td:empty { display: none; } td:first-child { font-weight: bold; } }
 """
 
 
 @cache
 def _page() -> str:
     described = document()
-    sections = [
-        _section(method.upper(), path, operation, described["components"]["schemas"])
-        for path, methods in described["paths"].items()
-        for method, operation in methods.items()
-    ]
+    operations = [(path, *each) for path, methods in described["paths"].items() for each in methods.items()]
+    operations.sort(key=lambda each: (not each[0].startswith("/v1"), "requestBody" not in each[2]))
+    structs = described["components"]["schemas"]
+    sections = [_section(method.upper(), path, operation, structs) for path, method, operation in operations]
     info = described["info"]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -276,36 +281,52 @@ def _section(method: str, path: str, operation: dict[str, Any], structs: dict[st
     if "requestBody" not in operation:
         return heading
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    struct = structs[name]
-    rows = [
-        f"<tr><td><code>{html.escape(member)}</code></td><td><code>{html.escape(_in_words(schema))}</code></td>"
-        f"<td>{'required' if member in struct['required'] else html.escape(_default(schema))}</td></tr>"
-        for member, schema in struct["properties"].items()
-    ]
+    required = structs[name]["required"]
+    members = sorted(structs[name]["properties"].items(), key=lambda member: _rank(member[0], member[1], required))
+    rows = [_row(member, schema, required, structs) for member, schema in members]
     return f"{heading}<details><summary>Body</summary><table><tr><th>name<th>what it takes<th>default</tr>{''.join(rows)}</table></details>"
+
+
+def _row(name: str, schema: dict[str, Any], required: list[str], structs: dict[str, Any]) -> str:
+    passive = "description" in schema
+    note = "required" if name in required else "changes nothing" if passive else html.escape(_default(schema))
+    style = ' class="passive"' if passive else ""
+    cells = (f"<code>{html.escape(text)}</code>" for text in (name, _in_words(schema, structs)))
+    return f"<tr>{''.join(f'<td{style}>{cell}</td>' for cell in (*cells, note))}</tr>"
+
+
+def _rank(name: str, schema: dict[str, Any], required: list[str]) -> int:
+    """What must be there comes first, what does nothing last."""
+    return 0 if name in required else 2 if "description" in schema or schema.get("type") == "null" else 1
 
 
 def _default(schema: dict[str, Any]) -> str:
     return str(schema["default"]).lower() if isinstance(schema.get("default"), bool) else str(schema.get("default", ""))
 
 
-def _in_words(schema: dict[str, Any]) -> str:
+def _in_words(schema: dict[str, Any], structs: dict[str, Any]) -> str:
     """A schema in one line."""
     for combination in ("anyOf", "oneOf"):
         if combination in schema:
-            return " | ".join(dict.fromkeys(_in_words(each) for each in schema[combination] if each != {"type": "null"}))
+            return " | ".join(
+                dict.fromkeys(_in_words(each, structs) for each in schema[combination] if each != {"type": "null"})
+            )
     if "allOf" in schema:
         tag, const = next(iter(schema["allOf"][1]["properties"].items()))
         return f"{{{tag}: {const['const']}, …}}"
     if "enum" in schema:
         return " | ".join(map(repr, schema["enum"])) or "nothing"
     if "$ref" in schema:
-        return str(schema["$ref"]).rpartition("/")[2]
+        return f"{{{', '.join(structs[schema['$ref'].rpartition('/')[2]]['properties'])}}}"
     kind = schema.get("type", "anything")
     kind = next((each for each in kind if each != "null"), "null") if isinstance(kind, list) else kind
     if kind == "array":
-        return f"[{_in_words(schema['items'])}]"
-    if kind == "null":
-        return "not supported"
-    least, most = schema.get("minimum"), schema.get("maximum")
-    return kind if least is None else f"{kind} {least} … {most}"
+        return f"[{_in_words(schema['items'], structs)}]"
+    return "not supported" if kind == "null" else kind + _range_in_words(schema.get("minimum"), schema.get("maximum"))
+
+
+def _range_in_words(least: float | None, most: float | None) -> str:
+    """Bounds that are only those of the machine's integers are left out."""
+    if least is None or most is None or least < -INT32_MAX:
+        return ""
+    return f" ≥ {least}" if most >= INT32_MAX else f" {least} … {most}"

@@ -19,9 +19,9 @@ class Detokenizer:
         return self._decoder.decode(piece)
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of a character is held."""
-        return bool(self._decoder.getstate()[0])
+    def num_pending(self) -> int:
+        """How many bytes of a character that is not whole are held."""
+        return len(self._decoder.getstate()[0])
 
     def flush(self) -> str:
         """What was held of a character that never came whole, as U+FFFD. The end of the sequence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,37 +56,60 @@ class PromptScorer:
         return len(self.tokens) == len(self._prompt_ids)
 
 
+class _Entry(NamedTuple):
+    """A token that waits: its score, the characters that it completed, and where in the answer those end.
+
+    `num_pending`: bytes at its end that are a part of another character.
+    """
+
+    score: TokenScore
+    text: str
+    end: int
+    num_pending: int
+
+
 class Ledger:
-    """Holds the tokens of an answer back until their text is certain, and cuts what a stop string cuts. Not thread-safe."""
+    """Keeps an answer's text and its tokens together: both wait until the other is certain. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._held: deque[tuple[TokenScore, str, int]] = deque()  # score, text that came with it, where that ends
+        self._entries: deque[_Entry] = deque()
+        self._text = ""  # certain, of tokens that are not
         self._num_decoded = 0  # characters
         self._num_released = 0
 
-    def push(self, score: TokenScore, text: str, pending: bool) -> None:
-        """A token, the characters that it completed, and whether it ends with a part of another one."""
+    def push(self, score: TokenScore, text: str, num_pending: int) -> None:
+        """A token, the characters that it completed, and how many bytes at its end are a part of another."""
         self._num_decoded += len(text)
-        self._held.append((score, text, self._num_decoded + pending))
+        self._entries.append(_Entry(score, text, self._num_decoded, num_pending))
 
-    def release(self, num_characters: int) -> tuple[TokenScore, ...]:
-        """The tokens that so much more text ends."""
-        self._num_released += num_characters
-        released = []
-        while self._held and self._held[0][2] <= self._num_released:
-            released.append(self._held.popleft()[0])
-        return tuple(released)
+    def release(self, text: str) -> tuple[str, tuple[TokenScore, ...]]:
+        """With so much more text certain, what goes out: text and the tokens that spell just that."""
+        self._text += text
+        count = size = 0
+        for number, entry in enumerate(self._entries, 1):
+            if entry.end > self._num_released + len(self._text):
+                break
+            if not entry.num_pending:
+                count, size = number, entry.end - self._num_released
+        tokens = tuple(self._entries.popleft().score for _ in range(count))
+        text, self._text = self._text[:size], self._text[size:]
+        self._num_released += size
+        return text, tokens
 
-    def cut(self) -> tuple[TokenScore, ...]:
-        """No more text comes: of the token in which it ended, what is text."""
-        if not self._held:
-            return ()
-        score, text, end = self._held[0]
-        self._held.clear()
-        kept = self._num_released - (end - len(text))
-        if kept <= 0:
-            return ()
-        return (score._replace(piece=score.piece[: len(score.piece) - len(text[kept:].encode())]),)
+    def end(self, text: str) -> tuple[str, tuple[TokenScore, ...]]:
+        """The rest, when this is the last text. Of a token within which it ends, what is text."""
+        text = self._text + text
+        total = self._num_released + len(text)
+        tokens = []
+        for score, own, end, num_pending in self._entries:
+            if end > total or (end == total and num_pending):
+                kept = total - (end - len(own))
+                if kept > 0:
+                    surplus = len(own[kept:].encode()) + num_pending
+                    tokens.append(score._replace(piece=score.piece[: len(score.piece) - surplus]))
+                break
+            tokens.append(score)
+        return text, tuple(tokens)
 
 
 def _likeliest(logits: Logits, number: int) -> NDArray[np.int64]:

@@ -83,7 +83,7 @@ class Sequence:
     def _push(self, text: str) -> str:
         """What of new text is certain to stand before any stop string; there is none within the first `min_tokens`."""
         if self._score is not None:
-            self._ledger.push(self._score, text, self._detokenizer.pending)
+            self._ledger.push(self._score, text, self._detokenizer.num_pending)
         return text if self.num_output_tokens <= self._params.min_tokens else self._stop_matcher.push(text)
 
     def _advance(self, constraint: Constraint, token_id: int) -> None:
@@ -99,9 +99,9 @@ class Sequence:
         return text if self._stop_matcher.matched is not None else text + self._stop_matcher.flush()
 
     def _delta(self, text: str) -> Delta | None:
-        tokens = self._ledger.release(len(text))
-        if self._stop_matcher.matched is not None:
-            tokens += self._ledger.cut()
+        tokens: tuple[TokenScore, ...] = ()
+        if self._scorer is not None:
+            text, tokens = self._ledger.release(text) if self.finish_reason is None else self._ledger.end(text)
         return Delta(self.index, text, tokens) if text or tokens else None
 
     def _without_ends(self, scores: Logits) -> Logits:

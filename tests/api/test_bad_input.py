@@ -355,11 +355,11 @@ def chats():
         "an empty object": Case(400, data=b"{}"),
         "a key given twice, wrong the second time": Case(400, "invalid_type", "temperature", data=duplicate),
         "a number beyond floating point": Case(400, "decimal_above_max_value", "temperature", data=number),
-        "an unknown model": Case(404, "model_not_found", "model", data=encode(chat_body(model="nobody"))),
-        "an empty model": Case(404, "model_not_found", "model", data=encode(chat_body(model=""))),
-        "a model in other letters": Case(404, "model_not_found", "model", data=encode(chat_body(model=MODEL.upper()))),
-        "a model of a long name": Case(404, "model_not_found", "model", data=encode(chat_body(model="x" * 30_000))),
-        "a model that is a path": Case(404, "model_not_found", "model", data=encode(chat_body(model="../../etc/passwd"))),
+        "an unknown model": Case(404, "model_not_found", data=encode(chat_body(model="nobody"))),
+        "an empty model": Case(404, "model_not_found", data=encode(chat_body(model=""))),
+        "a model in other letters": Case(404, "model_not_found", data=encode(chat_body(model=MODEL.upper()))),
+        "a model of a long name": Case(404, "model_not_found", data=encode(chat_body(model="x" * 30_000))),
+        "a model that is a path": Case(404, "model_not_found", data=encode(chat_body(model="../../etc/passwd"))),
         "a prompt of the whole context": too_long(chat_body("x" * (CONTEXT_LENGTH - NUM_TEMPLATE_TOKENS))),
         "a prompt longer than the context": too_long(chat_body("x" * 10_000)),
         "many messages": too_long(chat_body(messages=[user("")] * 500)),
@@ -387,12 +387,12 @@ def transport():
     huge = str(10**15)
     text, gzipped = "text/plain; charset=utf-8", {"Content-Encoding": "gzip"}
     return {
-        "plain text": Case(415, "unsupported_content_type", headers={"Content-Type": text}),
-        "a form": Case(415, "unsupported_content_type", headers={"Content-Type": "application/x-www-form-urlencoded"}),
-        "an upload": Case(415, "unsupported_content_type", headers={"Content-Type": "multipart/form-data; boundary=x"}),
-        "a content type that is none": Case(415, "unsupported_content_type", headers={"Content-Type": "json"}),
-        "gzip": Case(415, "unsupported_content_type", data=gzip.compress(PLAIN), headers=gzipped),
-        "two encodings": Case(415, "unsupported_content_type", headers={"Content-Encoding": "identity, br"}),
+        "plain text": Case(400, "unsupported_content_type", headers={"Content-Type": text}),
+        "a form": Case(400, "unsupported_content_type", headers={"Content-Type": "application/x-www-form-urlencoded"}),
+        "an upload": Case(400, "unsupported_content_type", headers={"Content-Type": "multipart/form-data; boundary=x"}),
+        "a content type that is none": Case(400, "unsupported_content_type", headers={"Content-Type": "json"}),
+        "gzip": Case(400, "unsupported_content_type", data=gzip.compress(PLAIN), headers=gzipped),
+        "two encodings": Case(400, "unsupported_content_type", headers={"Content-Encoding": "identity, br"}),
         "too large": Case(413, "request_too_large", data=large),
         "said to be too large": Case(413, "request_too_large", environ={"CONTENT_LENGTH": huge}),
         "too large, in chunks": Case(413, "request_too_large", environ=chunked(BytesIO(large))),
@@ -440,10 +440,10 @@ def urls():
         "a long URL": Case(404, "unknown_url", method="GET", path="/" + "x" * 20_000),
         "a URL that is no UTF-8": Case(404, "unknown_url", method="GET", path="/%ff%00%0a"),
         "slashes": Case(404, "unknown_url", method="GET", path="/v1//models"),
-        "an unknown model": Case(404, "model_not_found", "model", method="GET", path="/v1/models/nobody"),
-        "a model of odd characters": Case(404, "model_not_found", "model", method="GET", path="/v1/models/%ff%00%e2%80%a8"),
-        "a part of a model": Case(404, "model_not_found", "model", method="GET", path="/v1/models/org"),
-        "load of an unknown model": Case(404, "model_not_found", "model", path="/v1/models/nobody?action=load"),
+        "an unknown model": Case(404, "model_not_found", method="GET", path="/v1/models/nobody"),
+        "a model of odd characters": Case(404, "model_not_found", method="GET", path="/v1/models/%ff%00%e2%80%a8"),
+        "a part of a model": Case(404, "model_not_found", method="GET", path="/v1/models/org"),
+        "load of an unknown model": Case(404, "model_not_found", path="/v1/models/nobody?action=load"),
         "no action": Case(400, "missing_required_parameter", "action", path=MODEL_URL),
         "an empty action": Case(400, "invalid_value", "action", path=f"{MODEL_URL}?action="),
         "an unknown action": Case(400, "invalid_value", "action", path=f"{MODEL_URL}?action=explode"),
@@ -564,3 +564,50 @@ def test_fields_that_nothing_knows_are_named_and_cannot_make_headers(served):
     answer = ask(served, **{"thinking": {}, "Set-Cookie: a\r\nb": 1}, messages=[user("Hello") | {"mood": "fine"}])
     assert answer.status_code == 200
     assert answer.headers["X-LLMServe-Ignored"] == "messages[0].mood, thinking, Set-Cookie??a??b"
+
+
+WORDS = {
+    "The model `nobody` does not exist or you do not have access to it.": {"model": "nobody"},
+    "you must provide a model parameter": {"model": None},
+    "Missing required parameter: 'messages'.": {"messages": None},
+    "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array instead.": {
+        "messages": []
+    },
+    "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got -1 instead.": {"max_tokens": -1},
+    "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 2.5 instead.": {"temperature": 2.5},
+    "Invalid 'top_p': decimal below minimum value. Expected a value >= 0, but got -1 instead.": {"top_p": -1},
+    "Invalid 'n': integer above maximum value. Expected a value <= 128, but got 129 instead.": {"n": 129},
+    "Invalid type for 'n': expected an integer, but got a string instead.": {"n": "1"},
+    "Invalid type for 'messages[0].content': expected one of a string or array of objects, but got an object instead.": {
+        "messages": [{"role": "user", "content": {}}]
+    },
+    "Invalid value: 'xml'. Supported values are: 'text', 'json_object', and 'json_schema'.": {
+        "response_format": {"type": "xml"}
+    },
+    "The 'stream_options' parameter is only allowed when 'stream' is enabled.": {"stream_options": {"include_usage": True}},
+    "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'.": {
+        "messages": [{"role": "tool", "tool_call_id": "a", "content": "b"}]
+    },
+    "This model's maximum context length is 256 tokens. However, you requested 1023 tokens (23 in the messages, 1000 in the "
+    "completion). Please reduce the length of the messages or completion.": {"max_tokens": 1000},
+    "This model's maximum context length is 256 tokens. However, your messages resulted in 318 tokens. Please reduce the length "
+    "of the messages.": {"messages": [{"role": "user", "content": "x" * 300}]},
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_errors_are_told_in_openais_words(words):
+    with serving() as served:
+        response = served.chat(**WORDS[words])
+        assert check_envelope(response)["message"] == words
+
+
+def test_a_strict_server_refuses_what_it_does_not_know_in_openais_words():
+    with serving(strict=True) as served:
+        error = check_envelope(served.chat(top_q=1))
+    assert error == {
+        "message": "Unknown parameter: 'top_q'.",
+        "type": "invalid_request_error",
+        "param": "top_q",
+        "code": "unknown_parameter",
+    }

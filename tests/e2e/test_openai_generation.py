@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -14,7 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import INFILL, MODEL
 
 MESSAGES = [{"role": "user", "content": "Tell me about a small town by the sea."}]
 FRESH = {"Cache-Control": "no-store"}
@@ -113,6 +114,18 @@ CHECKS = {
         {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "verbosity": "low"},
         lambda text, reason: text,
     ),
+    "more that is passive": (
+        {
+            "safety_identifier": "s",
+            "prompt_cache_key": "k",
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"ttl": "30m"},
+            "prediction": {"type": "content", "content": "A small town"},
+            "modalities": ["text"],
+            "reasoning_effort": "none",
+        },
+        lambda text, reason: text,
+    ),
     "nulls": ({"stop": None, "n": None, "logit_bias": None, "tools": None, "response_format": None}, lambda text, reason: text),
 }
 
@@ -142,28 +155,47 @@ def test_logprobs_are_complete_and_exact(client):
         assert 0.2 < sum(map(math.exp, values)) <= 1.0001
 
 
-def test_fifty_random_parameter_sets_stream_what_they_answer(client):
-    rng = random.Random(5)
-    for seed in range(50):
-        options = {
-            "seed": seed,
-            "max_tokens": rng.randrange(3, 20),
-            "temperature": rng.choice([0, 0.5, 1, 1.7]),
-            "top_p": rng.choice([0.3, 0.9, 1]),
-            "n": rng.choice([1, 1, 2]),
-            "frequency_penalty": rng.choice([0, 0.7]),
-            "stop": rng.choice([None, ["a"], [" the", "."]]),
-            "logprobs": rng.random() < 0.5,
-            "extra_body": rng.choice([{}, {"top_k": 5}, {"min_p": 0.1}, {"regex": "[a-z ]{1,30}"}, {"min_tokens": 3}]),
-        }
-        whole = ask(client, **options)
-        texts, reasons, logprobs, usage = ask_streaming(client, **options)
-        assert usage.completion_tokens == whole.usage.completion_tokens, options
-        for choice in whole.choices:
-            assert (texts[choice.index], reasons[choice.index]) == (choice.message.content, choice.finish_reason), options
-            if choice.logprobs:
-                streamed = [entry.logprob for entry in logprobs.get(choice.index, [])]
-                assert streamed == pytest.approx([entry.logprob for entry in choice.logprobs.content], abs=0.02)
+def random_options(seed):
+    """A request that any of the parameters may shape."""
+    rng = random.Random(seed)
+    options = {
+        "seed": rng.choice([seed, -seed, 2**63 - 1 - seed]),
+        "max_tokens": rng.randrange(2, 20),
+        "temperature": rng.choice([0, 0.5, 1, 1.7]),
+        "top_p": rng.choice([0.3, 0.9, 1]),
+        "n": rng.choice([1, 1, 2]),
+        "frequency_penalty": rng.choice([0, 0.7]),
+        "presence_penalty": rng.choice([0, -0.4]),
+        "stop": rng.choice([None, ["a"], [" the", "."]]),
+        "logprobs": rng.random() < 0.7,
+        "logit_bias": rng.choice([{}, {"28": -100, "260": 2}]),
+        "extra_body": rng.choice(
+            [{}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"regex": "[a-z ]{1,30}"}, {"min_tokens": 2}]
+        ),
+    }
+    if options["logprobs"]:
+        options["top_logprobs"] = rng.choice([0, 2, 5])
+    if "regex" not in options["extra_body"]:
+        options["response_format"] = rng.choice([None, None, {"type": "text"}, STRICT, {"type": "json_object"}])
+    return options
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_stream_is_the_answer_whatever_the_parameters(client, seed):
+    """Fifty random sets of them: text, log-probabilities to the last bit, finish reason and usage."""
+    options = random_options(seed)
+    whole = ask(client, **options)
+    texts, reasons, logprobs, usage = ask_streaming(client, **options)
+    assert counts(usage) == counts(whole.usage)
+    assert len(texts) == len(whole.choices) == options["n"]
+    for choice in whole.choices:
+        assert (texts[choice.index], reasons[choice.index]) == (choice.message.content, choice.finish_reason)
+        assert logprobs.get(choice.index, []) == (choice.logprobs.content if choice.logprobs else [])
+        assert bool(choice.logprobs) == options["logprobs"]
+
+
+def counts(usage):
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 class Colour(Enum):
@@ -206,6 +238,30 @@ def test_the_stream_helper_parses_too(client):
     assert {"content.delta", "content.done"} <= kinds
 
 
+def test_the_async_client_parses_whole_and_streamed(base_url):
+    asked = {"model": MODEL, "messages": MESSAGES, "response_format": House, "max_tokens": 200, "temperature": 1, "seed": 3}
+
+    async def run():
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+            whole = await client.chat.completions.parse(**asked)
+            async with client.chat.completions.stream(**asked) as stream:
+                return whole, await stream.get_final_completion()
+
+    whole, streamed = (answer.choices[0].message.parsed for answer in asyncio.run(run()))
+    assert isinstance(whole, House)
+    assert whole == streamed
+
+
+def test_an_object_that_says_nothing_of_other_members_has_none(client):
+    """Not strict, and without `additionalProperties`: a small model would write members until it is cut."""
+    schema = {"type": "object", "properties": {"town": {"type": "string", "maxLength": 12}}, "required": ["town"]}
+    form = {"type": "json_schema", "json_schema": {"name": "town", "schema": schema}}
+    for seed in range(3):
+        (choice,) = ask(client, response_format=form, max_tokens=120, temperature=1.2, seed=seed).choices
+        assert choice.finish_reason == "stop"
+        assert json.loads(choice.message.content).keys() == {"town"}
+
+
 def test_a_final_message_is_continued(client):
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three,"}]
     text = ask(client, messages=messages, temperature=0, extra_body={"continue_final_message": True}).choices[0].message.content
@@ -218,6 +274,13 @@ BAD = [
     ({"extra_body": {"regex": "("}}, "invalid_grammar"),
     ({"extra_body": {"regex": "a", "choice": ["b"]}}, "invalid_value"),
     ({"logit_bias": {"999999": 1}}, "invalid_value"),
+    ({"audio": {"voice": "alloy", "format": "wav"}}, "unsupported_parameter"),
+    ({"modalities": ["text", "audio"]}, "unsupported_parameter"),
+    ({"web_search_options": {}}, "unsupported_parameter"),
+    ({"moderation": {"model": "m"}}, "unsupported_parameter"),
+    ({"reasoning_effort": "huge"}, "invalid_value"),
+    ({"n": 129}, "integer_above_max_value"),
+    ({"stop": ["a"] * 17}, "array_above_max_length"),
     ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value"),
 ]
 
@@ -281,10 +344,18 @@ def test_the_likely_word_scores_higher(client):
     assert score("dog") > score("moon") + 1
 
 
-def test_a_gap_is_filled_or_refused(client):
-    try:
-        answer = client.completions.create(model=MODEL, prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=4)
-    except openai.BadRequestError as error:
-        assert (error.code, error.param) == ("unsupported_parameter", "suffix")
-    else:
-        assert answer.choices[0].finish_reason
+def test_a_gap_is_filled_by_a_model_that_can(client):
+    gap = {"model": INFILL, "prompt": "the river", "suffix": " to sea", "max_tokens": 4, "temperature": 0}
+    filled, ends = client.completions.create(**gap), client.completions.create(**gap | {"suffix": " world"})
+    assert filled.choices[0].text
+    assert filled.usage.prompt_tokens > ends.usage.prompt_tokens  # the suffix is in the prompt
+    plain = client.completions.create(**gap | {"suffix": None})
+    assert plain.choices[0].text != filled.choices[0].text
+    streamed = client.completions.create(**gap, stream=True)
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == filled.choices[0].text
+
+
+def test_a_gap_is_refused_by_a_model_that_cannot(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=4)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "suffix")

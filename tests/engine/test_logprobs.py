@@ -1,5 +1,7 @@
 """Scores of tokens and their way out with the text, on both engines."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,12 +92,16 @@ def test_the_tokens_of_a_prompt_are_scored(make, max_tokens):
     assert events[-1].num_cached_tokens == 0
 
 
-def write(text, stop=(), end=True):
-    """The deltas of a sequence whose tokens are the bytes of `text`."""
+def write(text, stop=(), cuts=None):
+    """The deltas of a sequence that writes `text`, in tokens cut at these bytes, else one for each, and EOS."""
+    data = text.encode()
+    ends = range(1, len(data) + 1) if cuts is None else [*sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
     tokenizer = byte_tokenizer()
+    pieces = [data[begin:end] for begin, end in pairwise([0, *ends])]
+    tokenizer._pieces[: len(pieces)] = pieces
     sequence = Sequence(0, [1], GenerationParams(100, stop=stop, logprobs=0), tokenizer)
     deltas = []
-    for token_id in [*text.encode(), *([EOS] if end else [])]:
+    for token_id in [*range(len(pieces)), EOS]:
         scores = np.full(VOCAB_SIZE, -50, dtype=np.float32)
         scores[token_id] = 50
         assert sequence.sample(scores) == token_id
@@ -107,7 +113,7 @@ def write(text, stop=(), end=True):
 
 
 def test_half_a_character_waits_for_the_other_half():
-    assert [(delta.text, [token.piece for token in delta.tokens]) for delta in write("aé")] == [
+    assert pieces_of(write("aé")) == [
         ("a", [b"a"]),
         ("é", [b"\xc3", b"\xa9"]),
     ]
@@ -120,18 +126,27 @@ def test_what_may_become_a_stop_string_waits_and_what_became_one_is_left_out():
     assert [(delta.text, len(delta.tokens)) for delta in deltas] == [("x", 1)]
 
 
+def pieces_of(deltas):
+    return [(delta.text, [token.piece for token in delta.tokens]) for delta in deltas]
+
+
+def test_text_waits_for_the_rest_of_its_token():
+    assert pieces_of(write("a\n they", stop=(" the.",), cuts=[1, 3])) == [("a", [b"a"]), ("\n they", [b"\n ", b"they"])]
+    assert pieces_of(write("a\n the.", stop=(" the.",), cuts=[1, 3])) == [("a", [b"a"]), ("\n", [b"\n"])]
+
+
 def test_a_token_that_a_stop_string_cuts_keeps_what_is_text():
-    tokenizer = byte_tokenizer()
-    tokenizer._pieces[1] = " wörld. Or".encode()
-    sequence = Sequence(0, [1], GenerationParams(9, stop=(".",), logprobs=0), tokenizer)
-    sequence.sample(np.eye(1, VOCAB_SIZE, 1, dtype=np.float32)[0] * 99)
-    delta = sequence.append(1)
-    assert (delta.text, [token.piece for token in delta.tokens]) == (" wörld", [" wörld".encode()])
+    assert pieces_of(write(" wörld. Or", stop=(".",), cuts=[])) == [(" wörld", [" wörld".encode()])]
+    assert pieces_of(write("aé the", stop=("é the",), cuts=[2])) == [("a", [b"a"])]
 
 
 @settings(deadline=None)
-@given(st.text(alphabet="abé€😀", max_size=12), st.lists(st.text(alphabet="abé", min_size=1, max_size=3), max_size=2))
-def test_the_bytes_of_the_tokens_are_those_of_the_text(text, stop):
-    deltas = write(text, tuple(stop))
+@given(
+    st.text(alphabet="abé€😀", max_size=12),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=3), max_size=2),
+    st.none() | st.lists(st.integers(1, 40)),
+)
+def test_the_bytes_of_the_tokens_are_those_of_the_text(text, stop, cuts):
+    deltas = write(text, tuple(stop), cuts)
     for delta in deltas:
         assert b"".join(token.piece for token in delta.tokens).decode() == delta.text
