@@ -91,8 +91,6 @@ class Client(threading.Thread):
                 self.received += piece
                 if self.received.count(b'"content"') > 4:
                     self.flowing.set()
-                if b"data: [DONE]" in self.received:
-                    break  # gunicorn closes a connection when it has closed those before it, each of which it gives two seconds
         except OSError:
             self.received += b"<reset>"
         self.connection.close()
