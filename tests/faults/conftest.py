@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
 HEAD = "# What the server survives\n\n`make faults` breaks these things around a real server and writes this table.\n\n"
 HEAD += "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
 ROWS: list[str] = []
+HANG = signal.SIGUSR1
+_HANGS = f"""import ctypes, signal
+signal.signal({int(HANG)}, lambda *_: ctypes.PyDLL(None).sleep(3600))
+"""  # with the GIL held
 
 
 def pytest_collection_modifyitems(items):
@@ -100,7 +105,8 @@ def running(tmp_path_factory):
     config = harness.model_table(VICTIM, **process)
     config += harness.model_table(BYSTANDER, engine="llamacpp" if has_llamacpp() else "ctransformers", slots=2, **process)
     config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", slots=8, **process)
-    with harness.llmserve(config, log=folder / "log") as server:
+    (folder / "sitecustomize.py").write_text(_HANGS)
+    with harness.llmserve(config, log=folder / "log", environ={"PYTHONPATH": str(folder)}) as server:
         yield Running(server, folder)
     print((folder / "log").read_text()[-4000:])
 
