@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SILENCE = 0.8
+SILENCE = 0.6
 """Seconds without a sign of life after which a process hangs. Only those count in which none of its threads waited for a core."""
 
 LONG_SILENCE = 10.0
@@ -20,7 +20,7 @@ LONG_SILENCE = 10.0
 
 _SUSPICIOUS = 0.25  # seconds of silence from which on it is looked at
 _LONGEST_LOOK = 0.2  # seconds that count between two looks at most: the rest was the watcher's own wait for a core
-_STOPPED_LOOKS = 4  # in a row
+_STOPPED_LOOKS = 2  # in a row
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmserve.config import ModelSpec
 from llmserve.engine.compute import ComputeBudget
+from llmserve.engine.engine import EngineLoad
 from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineDied, EngineFailed, QueueFull, ShuttingDown
@@ -156,6 +157,18 @@ def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backe
     assert late == deaths
 
 
+def test_who_started_it_hears_of_a_death_before_the_clients_do(engine_of):
+    engine, process = engine_of()
+    generation = submit(engine, max_tokens=250)
+    assert generation.read(0, TIMEOUT)
+    finished = []
+    engine.on_death(lambda _: finished.append(generation.finished))
+    process.crash()
+    assert process.over.wait(TIMEOUT)
+    assert isinstance(events_of(generation)[-1], Failed)
+    assert finished == [False]
+
+
 def test_close_ends_what_runs_and_tells_nobody_of_a_death(engine_of):
     budget, deaths = ComputeBudget(2), []
     engine, _ = engine_of(budget=budget)
@@ -243,7 +256,7 @@ act = st.sampled_from(["submit", "submit", "submit", "cancel", "crash", "unload"
 
 
 @pytest.mark.parametrize("make_backends", MANY)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(act, min_size=3, max_size=14))
 def test_in_any_order_every_request_is_answered_once_and_every_slot_is_free(make_backends, actions):
     loader = FakeProcessLoader(make_backends)
@@ -259,8 +272,9 @@ def test_in_any_order_every_request_is_answered_once_and_every_slot_is_free(make
         thread.join(TIMEOUT)
         assert not thread.is_alive()
     wait_until(lambda: registry.status("m").state is not ModelState.LOADING)
-    for engine in loader.engines:
+    for engine, process in zip(loader.engines, loader.processes, strict=True):
         assert engine.drain(TIMEOUT)
+        wait_until(lambda process=process: process.over.is_set() or process.engine.load == EngineLoad(0, 0))
     registry.close(TIMEOUT)
     for engine in loader.engines:
         engine.close()
