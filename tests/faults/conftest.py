@@ -67,6 +67,10 @@ class Running:
         """The process id of a model's engine, None if there is none."""
         return engine_of(self.worker(), model)
 
+    def crashes(self, model):
+        """How often the server has noticed that its engine died."""
+        return self.server.get(f"/v1/models/{model}")[1]["statistics"]["crashes"]
+
     def ready(self, model):
         assert harness.post(self.port, f"/v1/models/{model}?action=load")[0] == 200
 
