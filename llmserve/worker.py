@@ -11,6 +11,7 @@ import selectors
 import socket
 import struct
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -34,15 +35,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def enqueue_req(self, conn: Any) -> None:
         """Give it a thread, if its first request is here. Later ones are not looked at: it would cost a tenth of the cached answers."""
         if self.cfg.is_ssl or conn.initialized or _has_come(conn.sock):  # what is enciphered cannot be looked at
-            if not conn.data_ready:
-                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _SILENCE, 0))
-                conn.data_ready = True
+            conn.data_ready = True
             super().enqueue_req(conn)
         else:
             self._wait(conn, self.cfg.keepalive if self.alive else _LINGER, self.on_pending_socket_readable)
 
     def handle(self, conn: Any) -> Any:
         """A thread's work: answer a request. False: it was the last of this connection."""
+        if not conn.initialized:
+            _limit_silence(conn.sock)
         result = super().handle(conn)
         conn.closing = result is False and _end_sending(conn.sock)
         return result
@@ -95,18 +96,18 @@ def _has_come(sock: Any) -> bool:
 
     If not, the socket becomes readable (SO_RCVLOWAT, socket(7)) when there may be.
     """
-    awaited = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
     try:
+        awaited = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
         data = sock.recv(_MOST_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        wanted = min(_length(data), _MOST_BYTES)
+        come = len(data) >= wanted or len(data) < awaited  # readable although less than that is there: no more will come
+        if (1 if come else wanted) != awaited:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 if come else wanted)
+        return come
     except BlockingIOError:
         return False
     except OSError:
         return True
-    wanted = min(_length(data), _MOST_BYTES)
-    come = len(data) >= wanted or len(data) < awaited  # readable although less than that is there: no more will come
-    if (1 if come else wanted) != awaited:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 if come else wanted)
-    return come
 
 
 def _length(data: bytes) -> int:
@@ -118,6 +119,12 @@ def _length(data: bytes) -> int:
     fields = _FIELDS.findall(data, 0, end)
     expects = any(expect for expect, _ in fields)  # to be told to go on before it sends the rest
     return end + 4 + (0 if expects else sum(int(length) for _, length in fields))
+
+
+def _limit_silence(sock: Any) -> None:
+    """Of what a thread waits for (socket(7)); Python's own timeouts are gunicorn's, which sets none."""
+    with suppress(OSError):  # the connection has ended
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _SILENCE, 0))
 
 
 def _end_sending(sock: Any) -> bool:
