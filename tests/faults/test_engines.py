@@ -196,7 +196,7 @@ def test_crashes_in_a_row_leave_nothing(running, note):
     for number in range(NUM_CRASHES):
         if number == 10:  # its thread pool is as large as it gets
             before = facts(worker)
-        clients = [Client(running.port, TINY, stream=stream, max_tokens=230) for stream in (True, False, True)]
+        clients = [Client(running.port, TINY, stream=stream, n=4, max_tokens=150) for stream in (True, False, True)]
         wait_for(lambda: running.server.get(f"/v1/models/{TINY}")[1]["running"] == 3)
         os.kill(running.engine(TINY), signal.SIGKILL if number % 2 else signal.SIGSEGV)
         assert {client.outcome() for client in clients} <= DIED

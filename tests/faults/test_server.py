@@ -108,22 +108,27 @@ LARGE_EVENTS = {
 def test_streams_that_are_read_a_byte_a_second(running, note):
     """Half of them: the others are as fast as if they were read as well, and memory is bounded."""
 
-    def rate(num_slow):
+    def rate(begin):
+        """Of four clients, beside four others that have begun in that way."""
         with ExitStack() as opened:
-            for _ in range(num_slow):
-                opened.enter_context(slow_client(running.port, TINY, **LARGE_EVENTS))
+            for _ in range(4):
+                begin(opened)
             begun = time.monotonic()
-            clients = [Client(running.port, TINY, **LARGE_EVENTS) for _ in range(8 - num_slow)]
-            assert {client.outcome() for client in clients[:4]} == {"200"}
-            seconds = seconds_since(begun)
+            clients = [Client(running.port, TINY, **LARGE_EVENTS) for _ in range(4)]
             assert {client.outcome() for client in clients} == {"200"}
+            seconds = seconds_since(begun)
         running.server.wait_until_idle(TINY, timeout=3.0)
         return 1 / seconds
 
+    def slow(opened):
+        opened.enter_context(slow_client(running.port, TINY, **LARGE_EVENTS))
+
+    def fast(opened):
+        opened.callback(Client(running.port, TINY, **LARGE_EVENTS).join)
+
     running.ready(TINY)
     before, memory = harness.cpu_times(), harness.pss(running.worker())["total"]
-    rate(4), rate(0)
-    ratios = [rate(4) / rate(0) for _ in range(7)]
+    ratios = [rate(slow) / rate(fast) for _ in range(9)][1:]
     stolen = harness.steal(before, harness.cpu_times())
     grown = (harness.pss(running.worker())["total"] - memory) / 1e6
     ratio = statistics.median(ratios)
