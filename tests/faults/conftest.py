@@ -16,8 +16,15 @@ from tests.faults.clients import Bystander, wait_for
 from tests.tiny_models import write_llama_bpe, write_llama_spm
 
 VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
-HEAD = "# What the server survives\n\n`make faults` breaks these things around a real server and writes this table.\n\n"
-HEAD += "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
+HEAD = """# What the server survives
+
+`make faults` breaks these things around a real server, with engines in processes of their own, and writes this table. Recovered: from the fault to the next whole answer.
+
+{num_cores} cores, of which the host took {stolen:.0%} away meanwhile; load average {load:.1f} at the end.
+
+| fault | what clients saw | recovered after | longest gap of another model's stream | lost |
+|---|---|---|---|---|
+"""
 ROWS: list[str] = []
 HANG = signal.SIGUSR1
 _HANGS = f"""import ctypes, signal
@@ -34,10 +41,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def report():
+    before = harness.cpu_times()
     yield
     path = os.environ.get("FAULTS_REPORT")
     if path and ROWS:
-        Path(path).write_text(HEAD + "\n".join(sorted(ROWS)) + "\n", encoding="utf-8")
+        stolen = harness.steal(before, harness.cpu_times())
+        head = HEAD.format(num_cores=os.cpu_count(), stolen=stolen, load=os.getloadavg()[0])
+        Path(path).write_text(head + "\n".join(sorted(ROWS)) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
