@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SILENCE = 0.6
-"""Seconds without a sign of life after which a process hangs. Only those count in which none of its threads waited for a core."""
+"""Seconds without a sign of life after which a process hangs. Only those count in which none of its threads waited for a core or a disk."""
 
 LONG_SILENCE = 10.0
 """The same while it has said that it may be silent, and where the system does not tell who waits for a core."""
@@ -25,13 +25,18 @@ _STOPPED_LOOKS = 2  # in a row
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """How long each thread of a process has waited for a core, and all virtual cores for a real one. Seconds, since some moment."""
+    """How long each thread of a process has waited for a core, and all virtual cores for a real one: seconds, since some moment.
+    `disk`: whether one of them waits for a disk now, as when memory is short.
+    """
 
     threads: dict[int, float]
     stolen: float
+    disk: bool = False
 
     def since(self, before: Waits) -> float:
         """The longest wait of one of them since then, at most."""
+        if self.disk:
+            return float("inf")
         longest = max((seconds - before.threads.get(thread, 0.0) for thread, seconds in self.threads.items()), default=0.0)
         return longest + self.stolen - before.stolen
 
@@ -90,15 +95,16 @@ class Vigil:
 
 def _read_waits(pid: int) -> Waits | None:
     """From the scheduler's statistics (Linux's Documentation/scheduler/sched-stats.rst, proc(5)). None where there are none."""
-    threads = {}
+    threads, disk = {}, False
     try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        for folder in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError):  # it has ended
-                threads[int(thread)] = int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_bytes().split()[1]) / 1e9
+                threads[int(folder.name)] = int((folder / "schedstat").read_bytes().split()[1]) / 1e9
+                disk |= (folder / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"D"
         stolen = int(Path("/proc/stat").read_bytes().split(b"\n", 1)[0].split()[8])
     except (OSError, ValueError, IndexError):
         return None
-    return None if not threads else Waits(threads, stolen / os.sysconf("SC_CLK_TCK"))
+    return None if not threads else Waits(threads, stolen / os.sysconf("SC_CLK_TCK"), disk)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """The seam between a server and an engine's process: nothing that happens on either side, in any order, leaves anybody waiting."""
 
+import re
 import threading
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from llmserve.config import ModelSpec
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import EngineLoad
-from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
+from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, Grammar, SamplingParams
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineDied, EngineFailed, QueueFull, ShuttingDown
 from llmserve.registry import MAX_CRASHES, ModelRegistry, ModelState
@@ -73,6 +74,17 @@ def test_answers_are_those_of_an_engine_in_the_process(engine_of, make_backends)
         assert isinstance(events[-1], GenerationEnd)
         assert events[-1].num_prompt_tokens == 4
     other.close()
+
+
+@pytest.mark.parametrize("make_backends", MANY)
+def test_answers_are_kept_within_a_grammar_there_as_well(engine_of, make_backends):
+    engine, process = engine_of(make_backends())
+    gone = submit(engine, grammar=Grammar("regex", "[x-z]{8}"))
+    gone.close()
+    events = events_of(submit(engine, grammar=Grammar("regex", "[abc]{4}"), max_tokens=20))
+    assert re.fullmatch("[abc]{4}", text_of(events))
+    assert isinstance(events[-1], GenerationEnd)
+    wait_until(lambda: engine.load == process.engine.load == EngineLoad(0, 0))
 
 
 def test_statistics_count_what_the_process_did(engine_of):

@@ -19,12 +19,12 @@ class Watched:
     """A process that takes up time as it is told to, looked at ten times a second."""
 
     def __init__(self, *, tells=True):
-        self.now, self.waited, self.stolen, self.stopped, self.tells = 0.0, 0.0, 0.0, False, tells
+        self.now, self.waited, self.stolen, self.disk, self.stopped, self.tells = 0.0, 0.0, 0.0, False, False, tells
         self.vigil = Vigil(self._waits, lambda pid: self.stopped, lambda: self.now)
         self.vigil.expect(SILENCE)
 
     def _waits(self, pid):
-        return Waits({1: self.waited, 2: 0.0}, self.stolen) if self.tells else None
+        return Waits({1: self.waited, 2: 0.0}, self.stolen, self.disk) if self.tells else None
 
     def pass_time(self, seconds, *, waiting=0.0, stolen=0.0, turn=0.1, alive=False):
         """Seconds of which the process waits a share for a core, and the host takes a share; what the last look said."""
@@ -59,6 +59,14 @@ def test_life_between_begins_the_silence_anew():
 @pytest.mark.parametrize("share", [{"waiting": 1.0}, {"stolen": 1.0}, {"waiting": 0.5, "stolen": 0.5}])
 def test_one_that_gets_no_core_is_not_blamed(share):
     assert Watched().pass_time(100, **share) == ""
+
+
+def test_one_that_waits_for_a_disk_is_not_blamed():
+    watched = Watched()
+    watched.disk = True
+    assert watched.pass_time(100) == ""
+    watched.disk = False
+    assert watched.pass_time(1) == HANGS_SAYS
 
 
 @pytest.mark.parametrize("share", [{"waiting": 0.5}, {"stolen": 0.5}])
