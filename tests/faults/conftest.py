@@ -20,7 +20,7 @@ HEAD = """# What the server survives
 
 `make faults` breaks these things around a real server, with engines in processes of their own, and writes this table. Recovered: from the fault to the next whole answer.
 
-{num_cores} cores, of which the host took {stolen:.0%} away meanwhile; load average {load:.1f} at the end.
+{num_cores} cores, of which the host took {stolen:.0%} away; load average {load:.1f} at the end.
 
 | fault | what clients saw | recovered after | longest gap of another model's stream | lost |
 |---|---|---|---|---|
@@ -86,16 +86,37 @@ class Running:
 
     @contextmanager
     def bystander(self):
-        """Another model's stream, before, during and after the block, whose gaps are measured."""
+        """Another model's stream, before, during and after the block, whose gaps are measured; and what share of the cores' time
+        neither it nor the rest of the test has had (`stolen`)."""
         stream = Bystander(self.port, BYSTANDER)
         stream.start()
         assert stream.flowing.wait(60)
-        before = harness.cpu_times()
+        before, own_before = harness.cpu_times(), self._own_ticks()
         try:
             yield stream
         finally:
             stream.finish()
-        stream.stolen = harness.steal(before, harness.cpu_times())
+        after = harness.cpu_times()
+        passed = sum(after) - sum(before)
+        idle = sum(after[3:5]) - sum(before[3:5])
+        stream.stolen = (passed - idle - (self._own_ticks() - own_before)) / passed
+
+    def _own_ticks(self):
+        """What the test, the server and its engines have taken, those that have died too."""
+        worker = self.worker()
+        engines = [pid for path in Path(f"/proc/{worker}/task").glob("*/children") for pid in path.read_text().split()]
+        times = os.times()
+        own = round((times.user + times.system) * os.sysconf("SC_CLK_TCK"))
+        return own + ticks(worker, reaped=True) + sum(ticks(pid) for pid in engines)
+
+
+def ticks(pid, *, reaped=False):
+    """Clock ticks of a process, and of its children that have ended (proc(5), /proc/PID/stat)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11 : 15 if reaped else 13]))
 
 
 def engine_of(worker, model):
@@ -138,7 +159,7 @@ def nothing_is_left_behind(request):
 
 
 def patience(stolen):
-    """How much longer things may take while the host takes cores away or others want them."""
+    """How much longer things may take while the host or other programs take a share of the cores."""
     return 30 if stolen > 0.05 or os.getloadavg()[0] > 1.5 * os.cpu_count() + 2 else 1
 
 
