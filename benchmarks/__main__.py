@@ -157,16 +157,19 @@ def memory() -> Iterator[Figure]:
     yield Figure("memory beside weights and KV caches", "MB", [beside / 1e6], [1.0], "one MB", "≤ 120")
 
 
-def isolation(rounds: int = 5) -> Iterator[Figure]:
-    """Each model twice in one server, as a process of its own and as threads, in alternation."""
+def isolation(rounds: int = 7) -> Iterator[Figure]:
+    """Each model twice in one server, as a process of its own and as threads, in alternation. Without drafts, for how many there
+    are depends on how long passes took."""
     for engine in ("ctransformers", "llamacpp") if has_llamacpp() else ("ctransformers",):
-        ways = ("process", "thread")
-        tables = [harness.model_table(way, isolation=way, engine=engine, slots=8, prefix_cache=False) for way in ways]
+        ways, options = ("process", "thread"), {"slots": 8, "prefix_cache": False, "prompt_lookup": False}
+        tables = [harness.model_table(way, isolation=way, engine=engine, **options) for way in ways]
 
         def rate(model: str, num_streams: int, number: int) -> float:
-            calls = [partial(chat, server.port, story(n + 16 * number), 48, model=model) for n in range(num_streams)]
+            num_tokens = 128 if num_streams == 1 else 48
+            calls = [partial(chat, server.port, story(n + 16 * number), num_tokens, model=model) for n in range(num_streams)]
             streams, seconds = at_once(calls)
-            return 47 / (streams[0].last - streams[0].first) if num_streams == 1 else 48 * num_streams / seconds
+            alone = (streams[0].num_tokens - 1) / (streams[0].last - streams[0].first)
+            return alone if num_streams == 1 else sum(stream.num_tokens for stream in streams) / seconds
 
         def first(model: str, number: int) -> float:
             return statistics.median(chat(server.port, f"{number}", 1, model=model).first for _ in range(5))

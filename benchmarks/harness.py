@@ -122,12 +122,14 @@ def bare_app() -> Iterator[Server]:
 
 
 @contextmanager
-def llmserve(config: str = "", *, wait: str | None = "/readyz", log: Path | None = None) -> Iterator[Server]:
+def llmserve(
+    config: str = "", *, wait: str | None = "/readyz", log: Path | None = None, environ: dict[str, str] | None = None
+) -> Iterator[Server]:
     """llmserve with a configuration file of this text, once `wait` answers 200."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llmserve.toml"
         path.write_text(config)
-        environ = {"LLMSERVE_CONFIG": str(path)}
+        environ = {"LLMSERVE_CONFIG": str(path), **(environ or {})}
         with gunicorn("-c", "python:llmserve.gunicorn_conf", "llmserve.wsgi:app", environ=environ, log=log) as server:
             if wait:
                 server.wait(wait)

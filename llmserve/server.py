@@ -21,6 +21,7 @@ from gunicorn.app.base import BaseApplication
 from llmserve.config import Config, check_public
 from llmserve.errors import ConfigError
 
+_WORKER = "llmserve.worker.Worker"
 _KEEPALIVE = 75  # seconds; clients reuse connections, and a proxy in front should close first
 _HEARTBEAT = 60  # seconds without a sign of life of the worker's main loop; it is no limit for requests
 _MARGIN = 5  # seconds gunicorn leaves the app beyond its own grace period, to send what it has to say
@@ -32,7 +33,7 @@ def settings(config: Config) -> dict[str, Any]:
     return {
         "bind": server.bind,
         "workers": 1,
-        "worker_class": "gthread",
+        "worker_class": _WORKER,
         "threads": server.threads,
         "worker_connections": max(1000, 4 * server.threads),
         "keepalive": _KEEPALIVE,
@@ -68,7 +69,7 @@ def _on_starting(config: Config) -> Callable[[Any], None]:
     def on_starting(arbiter: Any) -> None:
         """Refuse what cannot work or is not safe, in one sentence, before anything listens; and say where the log goes."""
         logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        if arbiter.cfg.workers != 1 or arbiter.cfg.worker_class_str != "gthread":
+        if arbiter.cfg.workers != 1 or arbiter.cfg.worker_class_str not in (_WORKER, "gthread"):
             sys.exit(
                 "llmserve: it runs in one gthread worker, because the models live in the process: "
                 "each worker would load its own, and only one would hear of a load or unload."

@@ -61,13 +61,13 @@ class FakeProcess:
     def _open(self, message, budget):
         many = isinstance(self._backends, FakeBatchBackend)
         num_slots = self._backends.num_sequences if many else len(self._backends)
-        self._engine = make_engine(self._backends, budget=budget, max_waiting=num_slots)
-        return self._engine
+        self.engine = make_engine(self._backends, budget=budget, max_waiting=num_slots)
+        return self.engine
 
     def _live(self):
         self._child.run()
         self._child._budget.grant(100)  # so that the threads of an engine that has none any more come to their end
-        self._engine.close()
+        self.engine.close()
         self._theirs.close()
 
     def _watch(self):

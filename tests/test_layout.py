@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmserve"
 ORDER = [
-    ("__main__",), ("cli",), ("gunicorn_conf", "wsgi"), ("server",), ("app",), ("api",), ("response_cache", "registry"), ("models",),
+    ("__main__",), ("cli",), ("gunicorn_conf", "wsgi"), ("server",), ("worker",), ("app",), ("api",), ("response_cache", "registry"), ("models",),
     ("config",), ("engine",), ("lru",), ("errors",), ("__init__",),
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 DOORS = {
     "werkzeug": ("app", "api/"),
-    "gunicorn": ("server",),
+    "gunicorn": ("server", "worker"),
     "ctransformers": ("engine/ctransformers_backend",),
     "llama_cpp": ("engine/llamacpp_",),
     "llguidance": ("engine/grammar",),

@@ -92,6 +92,12 @@ class Beat(NamedTuple):
     """From the process, several times a second: its interpreter runs."""
 
 
+class Busy(NamedTuple):
+    """From the process: from now on, until it is told otherwise, a library may hold the GIL for longer than a beat."""
+
+    active: bool
+
+
 class Logged(NamedTuple):
     """From the process: a line for the server's log."""
 

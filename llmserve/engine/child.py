@@ -1,7 +1,7 @@
 """An engine behind a channel: what runs in a process of its own, at the other end of a `ProcessEngine`.
 
 The main thread receives, and its beats tell that the interpreter runs; a thread loads the model, another one answers for the
-library's tokenizer, and the engine has its own. The process ends with its socket.
+library's tokenizer, one compiles grammars, and the engine has its own. The process ends with its socket.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from llmserve.engine.channel import (
     Acquire,
     Beat,
+    Busy,
     Cancel,
     Channel,
     Cores,
@@ -82,6 +83,7 @@ class EngineChild:
         self._budget: LeasedBudget | None = None
         self._generations: dict[int, Generation] = {}
         self._texts: queue.SimpleQueue[Tokenize] = queue.SimpleQueue()
+        self._constrained: queue.SimpleQueue[tuple[Submit, Generation]] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Until the socket ends."""
@@ -136,6 +138,7 @@ class EngineChild:
             self._channel.send(Refused(f"{type(error).__name__}: {error}"))
             return
         self._engine = engine
+        _start("llmserve-compile", self._compile)
         tokenizer = engine.tokenizer
         if isinstance(tokenizer, LibraryTokenizer):
             _start("llmserve-tokenize", partial(self._tokenize, tokenizer))
@@ -144,13 +147,26 @@ class EngineChild:
             self._channel.send(Opened(None))
 
     def _submit(self, message: Submit) -> None:
+        generation = self._generations[message.number] = _Sent(partial(self._publish, message.number))
+        if message.params.grammar is None:
+            self._begin(message, generation)
+        else:
+            self._constrained.put((message, generation))
+
+    def _begin(self, message: Submit, generation: Generation) -> None:
         assert self._engine is not None
-        number = message.number
-        generation = self._generations[number] = _Sent(partial(self._publish, number))
         try:
             self._engine.submit(message.prompt_ids, message.params, generation)
         except APIError as error:
             generation.publish(Failed(error))
+
+    def _compile(self) -> None:
+        """A thread's work: begin what is kept within a grammar. To compile one may take long, and the beats must go on."""
+        while True:
+            message, generation = self._constrained.get()
+            self._channel.send(Busy(active=True))
+            self._begin(message, generation)
+            self._channel.send(Busy(active=False))
 
     def _publish(self, number: int, event: Event) -> None:
         if isinstance(event, GenerationEnd | Failed):

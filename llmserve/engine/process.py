@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 
-from llmserve.engine.channel import Beat, Channel, Logged, Open, Opened, Refused, Tokenize, Tokenized
+from llmserve.engine.channel import Beat, Busy, Channel, Logged, Open, Opened, Refused, Tokenize, Tokenized
+from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import EngineDied, ModelFileError
 
@@ -29,13 +30,6 @@ log = logging.getLogger(__name__)
 
 _TURN = 0.1
 """Seconds between two looks at the process."""
-
-_STOPPED_TURNS = 4
-"""Looks in a row at which it is stopped (SIGSTOP) after which it is given up."""
-
-_SILENT_TURNS = 50
-"""Looks in a row without a sign of life after which it is: it hangs with the GIL held. Looks, not seconds, so that a server which
-gets no cores itself blames nobody."""
 
 _OPEN_TIMEOUT = 300.0  # seconds; a large file comes from a slow disk
 _NUM_LAST_WORDS = 20  # lines
@@ -78,7 +72,7 @@ class EngineProcess:
         self._calls: dict[int, queue.SimpleQueue[list[int] | None]] = {}  # guarded by _lock
         self._numbers = count()
         self._outcome: queue.SimpleQueue[Opened | ModelFileError | ProcessEnded] = queue.SimpleQueue()
-        self._vigil = _Vigil()
+        self._vigil = Vigil()
         self._output = _Output(name)
         command = [sys.executable, "-u", *arguments, str(theirs.fileno()), str(os.getpid())]
         self._thread = threading.Thread(target=self._live, args=(command, theirs), name=f"llmserve-engine-{name}", daemon=True)
@@ -200,8 +194,10 @@ class EngineProcess:
                 with self._lock:
                     answer = self._calls.pop(number)
                 answer.put(token_ids)
+            case Busy(active):
+                self._vigil.expect(LONG_SILENCE if active else SILENCE)
             case Opened():
-                self._vigil.begin()
+                self._vigil.expect(SILENCE)
                 self._outcome.put(message)
             case Refused(reason):
                 self._outcome.put(ModelFileError(reason))
@@ -223,39 +219,6 @@ class EngineProcess:
         if owner is not None:
             log.error("%s: %s", self._thread.name, reason)
             owner.died(death)
-
-
-class _Vigil:
-    """Whether a process hangs, by looks at it. The thread's own."""
-
-    def __init__(self) -> None:
-        self._num_silent = self._num_stopped = 0
-        self._listening = False
-
-    def begin(self) -> None:
-        """Expect signs of life: while it loads, imports and page faults may hold the GIL for long."""
-        self._listening = True
-
-    def note_life(self) -> None:
-        self._num_silent = 0
-
-    def look(self, pid: int) -> str:
-        """How it hangs, "" if it does not."""
-        self._num_silent += 1
-        self._num_stopped = self._num_stopped + 1 if _is_stopped(pid) else 0
-        if self._num_stopped >= _STOPPED_TURNS:
-            return "its process was stopped"
-        if self._listening and self._num_silent >= _SILENT_TURNS:
-            return "its process does not answer"
-        return ""
-
-
-def _is_stopped(pid: int) -> bool:
-    """By a signal (waitid(2)). Where the system does not tell, silence has to."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
-    except (AttributeError, OSError):
-        return False
 
 
 class _Output:

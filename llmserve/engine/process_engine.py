@@ -46,8 +46,8 @@ class ProcessEngine(Engine):
         process.attach(self)
 
     def on_death(self, callback: Callable[[APIError], None]) -> None:
-        super().on_death(callback)
         with self._condition:
+            super().on_death(callback)
             death = self._death
         if death is not None:
             callback(death)
@@ -82,12 +82,12 @@ class ProcessEngine(Engine):
             waiting = list(self._waiting)
             self._waiting.clear()
             callback = self._callback
+        if callback is not None:  # before any client hears of it: who asks again is to find a model that loads
+            callback(error)
         for job in waiting:
             self._statistics.add(errors=1)
             job.generation.publish(Failed(copy(error)))
         self._end_all(error)
-        if callback is not None:
-            callback(error)
 
     def _dispatch(self) -> None:
         self._drop_cancelled()

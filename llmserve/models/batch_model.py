@@ -109,7 +109,7 @@ class BatchModel:
         return EngineInfo(
             identity=fingerprint(*shape),
             name="llamacpp",
-            reason=self.reason,
+            reason=probe.explain(self.reason, self.trial),
             context_length=self.context_length,
             num_slots=spec.slots,
             weights_bytes=self.header.size,

@@ -101,7 +101,7 @@ class EmbeddingModel:
         return EngineInfo(
             identity=fingerprint(*shape),
             name=self.library.partition(" ")[0],
-            reason=self.reason,
+            reason=probe.explain(self.reason, self.trial),
             context_length=self.trial.context_length,
             num_slots=1,
             weights_bytes=self.header.size,

@@ -1,10 +1,11 @@
 """Open a model file in a child process and evaluate a few tokens, for a broken file kills the process that opens it.
 
-The verdict is remembered by the file's identity and the library's version, so that only a file's first load pays.
+The verdict is remembered by the file's identity and the library's build, so that only a file's first load pays.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # it imports numpy
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 300.0  # seconds; a large file comes from a slow disk
+_NO_REPACKING = "without repacked weights, of which this build of it dies on this processor, and slower for that"
 _GGML_CHUNK = 8  # tokens; as many as the library evaluates in one go unless told otherwise
 
 
@@ -85,15 +87,33 @@ def processor() -> str:
 
 
 def no_repack_note(cache_dir: Path) -> Path:
-    """What exists when llama.cpp has died of repacked weights on this kind of processor."""
-    return cache_dir / "probed" / f"no-repack-llamacpp{version('llama_cpp_python')}-{processor()}"
+    """What exists when this build of llama.cpp has died of repacked weights on this kind of processor."""
+    return cache_dir / "probed" / f"no-repack-llamacpp-{_build('llamacpp')}-{processor()}"
 
 
 def _verdict(path: Path, trial: Trial, cache_dir: Path) -> Path:
     """What exists when the file is known to be good."""
-    library = f"{trial.engine}{version(_DISTRIBUTIONS[trial.engine])}"
-    name = f"{identity(path)}-{library}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
+    name = f"{identity(path)}-{trial.engine}-{_build(trial.engine)}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
     return cache_dir / "probed" / name
+
+
+def explain(reason: str, trial: Trial) -> str:
+    """Why a library runs a model, and how if that is not the best way."""
+    return f"{reason}; {_NO_REPACKING}" if trial.engine != "ctransformers" and not trial.repack else reason
+
+
+def _build(engine: str) -> str:
+    """16 hexadecimal digits for the library as it is installed: another compiler or another option may make what died live."""
+    distribution, package = _LIBRARIES[engine]
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations or () if found is not None else ()
+    return fingerprint(version(distribution), *map(shared_libraries, map(Path, folders)))
+
+
+def shared_libraries(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each in a folder, at any depth."""
+    files = sorted(path for path in folder.rglob("*") if {".so", ".dylib"} & set(path.suffixes))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def remember(note: Path) -> None:
@@ -183,10 +203,10 @@ def _finite(logits: Logits) -> bool:
 
 
 _NOT_FINITE = "its scores are not finite numbers"
-_DISTRIBUTIONS = {
-    "ctransformers": "ctransformers",
-    "llamacpp": "llama_cpp_python",
-    "llamacpp-embeddings": "llama_cpp_python",
+_LIBRARIES = {  # as pip and as Python name them
+    "ctransformers": ("ctransformers", "ctransformers"),
+    "llamacpp": ("llama_cpp_python", "llama_cpp"),
+    "llamacpp-embeddings": ("llama_cpp_python", "llama_cpp"),
 }
 _TRIALS = {
     "ctransformers": _try_ctransformers,

@@ -1,4 +1,4 @@
-"""Engines in processes of their own under other servers than ours."""
+"""Engines in processes of their own, and among the server's threads, under other servers than ours."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from llmserve.config import Config, ModelSpec, ServerConfig
 from tests.test_mounting import in_waitress, in_werkzeug
 from tests.tiny_models import write_llama_spm
 
+ISOLATIONS = ["process", "thread"]
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
+@pytest.mark.parametrize("isolation", ISOLATIONS)
 @pytest.mark.parametrize("run", [in_waitress, in_werkzeug])
-def test_under_another_server(tmp_path, run):
+def test_under_another_server(tmp_path, run, isolation):
     path = write_llama_spm(tmp_path / "tiny.gguf")
-    spec = ModelSpec(id="tiny", source=str(path), engine="ctransformers", isolation="process")
+    spec = ModelSpec(id="tiny", source=str(path), engine="ctransformers", isolation=isolation)
     with closing(create_app(Config(ServerConfig(cache_dir=str(tmp_path / "cache")), models=(spec,)))) as app, run(app) as port:
         for _ in range(2):
             status, answer = harness.post(port, "/v1/chat/completions", BODY)
@@ -30,10 +32,12 @@ def test_under_another_server(tmp_path, run):
         assert harness.post(port, "/v1/chat/completions", BODY)[0] == 200
 
 
-def test_mounted_where_each_of_several_workers_has_its_own(tmp_path):
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_mounted_where_each_of_several_workers_has_its_own(tmp_path, isolation):
+    """As mod_wsgi does: the application is imported after the fork, in each of them."""
     path = write_llama_spm(tmp_path / "tiny.gguf")
     config = tmp_path / "llmserve.toml"
-    config.write_text(harness.table(id="tiny", source=str(path), engine="ctransformers", isolation="process"))
+    config.write_text(harness.table(id="tiny", source=str(path), engine="ctransformers", isolation=isolation))
     environ = {"LLMSERVE_CONFIG": str(config), "LLMSERVE_CACHE_DIR": str(tmp_path / "cache")}
     arguments = ["-w", "2", "-k", "gthread", "--threads", "8", "tests.e2e.mounted:app"]
     with harness.gunicorn(*arguments, environ=environ) as server:
@@ -48,7 +52,7 @@ def test_mounted_where_each_of_several_workers_has_its_own(tmp_path):
                 time.sleep(0.1)
         assert len(workers) == 2
         engines = [pid for worker in workers for pid in children(worker)]
-        assert len(engines) == 2
+        assert len(engines) == (2 if isolation == "process" else 0)
     deadline = time.monotonic() + 10
     while any(map(alive, engines)):
         assert time.monotonic() < deadline

@@ -1,5 +1,6 @@
 """The seam between a server and an engine's process: nothing that happens on either side, in any order, leaves anybody waiting."""
 
+import re
 import threading
 import time
 from contextlib import suppress
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from llmserve.config import ModelSpec
 from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
+from llmserve.engine.engine import EngineLoad
+from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, Grammar, SamplingParams
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineDied, EngineFailed, QueueFull, ShuttingDown
 from llmserve.registry import MAX_CRASHES, ModelRegistry, ModelState
@@ -72,6 +74,17 @@ def test_answers_are_those_of_an_engine_in_the_process(engine_of, make_backends)
         assert isinstance(events[-1], GenerationEnd)
         assert events[-1].num_prompt_tokens == 4
     other.close()
+
+
+@pytest.mark.parametrize("make_backends", MANY)
+def test_answers_are_kept_within_a_grammar_there_as_well(engine_of, make_backends):
+    engine, process = engine_of(make_backends())
+    gone = submit(engine, grammar=Grammar("regex", "[x-z]{8}"))
+    gone.close()
+    events = events_of(submit(engine, grammar=Grammar("regex", "[abc]{4}"), max_tokens=20))
+    assert re.fullmatch("[abc]{4}", text_of(events))
+    assert isinstance(events[-1], GenerationEnd)
+    wait_until(lambda: engine.load == process.engine.load == EngineLoad(0, 0))
 
 
 def test_statistics_count_what_the_process_did(engine_of):
@@ -154,6 +167,18 @@ def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backe
     late = []
     engine.on_death(late.append)
     assert late == deaths
+
+
+def test_who_started_it_hears_of_a_death_before_the_clients_do(engine_of):
+    engine, process = engine_of()
+    generation = submit(engine, max_tokens=250)
+    assert generation.read(0, TIMEOUT)
+    finished = []
+    engine.on_death(lambda _: finished.append(generation.finished))
+    process.crash()
+    assert process.over.wait(TIMEOUT)
+    assert isinstance(events_of(generation)[-1], Failed)
+    assert finished == [False]
 
 
 def test_close_ends_what_runs_and_tells_nobody_of_a_death(engine_of):
@@ -243,7 +268,7 @@ act = st.sampled_from(["submit", "submit", "submit", "cancel", "crash", "unload"
 
 
 @pytest.mark.parametrize("make_backends", MANY)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(act, min_size=3, max_size=14))
 def test_in_any_order_every_request_is_answered_once_and_every_slot_is_free(make_backends, actions):
     loader = FakeProcessLoader(make_backends)
@@ -259,8 +284,9 @@ def test_in_any_order_every_request_is_answered_once_and_every_slot_is_free(make
         thread.join(TIMEOUT)
         assert not thread.is_alive()
     wait_until(lambda: registry.status("m").state is not ModelState.LOADING)
-    for engine in loader.engines:
+    for engine, process in zip(loader.engines, loader.processes, strict=True):
         assert engine.drain(TIMEOUT)
+        wait_until(lambda process=process: process.over.is_set() or process.engine.load == EngineLoad(0, 0))
     registry.close(TIMEOUT)
     for engine in loader.engines:
         engine.close()

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import contextmanager
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nCache-Control: no-store\r\n"
 LONG = " ".join(f"word{number}" for number in range(330))  # a thousand tokens, which take seconds to prefill
@@ -34,10 +35,14 @@ def payload(model, content="Write a very long story.", **options):
 
 
 def send(port, model, content="Write a very long story.", **options):
-    data = payload(model, content, **options)
     connection = connect(port)
-    connection.sendall(f"{HEAD}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    ask_on(connection, model, content, **options)
     return connection
+
+
+def ask_on(connection, model, content="Write a very long story.", **options):
+    data = payload(model, content, **options)
+    connection.sendall(f"{HEAD}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
 
 def read_all(connection):
@@ -75,6 +80,29 @@ def reset(connection):
     connection.close()
 
 
+@contextmanager
+def slow_client(port, model, **options):
+    """A request whose answer is read at a byte a second, over a connection that keeps as little as may be."""
+    over = threading.Event()
+    with socket.socket() as connection:
+        connection.settimeout(60)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", port))
+        ask_on(connection, model, **options)
+
+        def read():
+            while not over.wait(1.0):
+                connection.recv(1)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
 class Client(threading.Thread):
     """One request, and what came of it."""
 
@@ -91,8 +119,6 @@ class Client(threading.Thread):
                 self.received += piece
                 if self.received.count(b'"content"') > 4:
                     self.flowing.set()
-                if b"data: [DONE]" in self.received:
-                    break  # gunicorn closes a connection when it has closed those before it, each of which it gives two seconds
         except OSError:
             self.received += b"<reset>"
         self.connection.close()

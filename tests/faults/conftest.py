@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,20 @@ from tests.faults.clients import Bystander, wait_for
 from tests.tiny_models import write_llama_bpe, write_llama_spm
 
 VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
-HEAD = "# What the server survives\n\n`make faults` breaks these things around a real server and writes this table.\n\n"
-HEAD += "| fault | what clients saw | recovered after | longest gap of another model's stream | lost |\n|---|---|---|---|---|\n"
+HEAD = """# What the server survives
+
+`make faults` breaks these things around a real server, with engines in processes of their own, and writes this table. Recovered: from the fault to the next whole answer.
+
+{num_cores} cores, of which the host took {stolen:.0%} away; load average {load:.1f} at the end.
+
+| fault | what clients saw | recovered after | longest gap of another model's stream | lost |
+|---|---|---|---|---|
+"""
 ROWS: list[str] = []
+HANG = signal.SIGUSR1
+_HANGS = f"""import ctypes, signal
+signal.signal({int(HANG)}, lambda *_: ctypes.PyDLL(None).sleep(3600))
+"""  # with the GIL held
 
 
 def pytest_collection_modifyitems(items):
@@ -29,10 +41,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def report():
+    before = harness.cpu_times()
     yield
     path = os.environ.get("FAULTS_REPORT")
     if path and ROWS:
-        Path(path).write_text(HEAD + "\n".join(sorted(ROWS)) + "\n", encoding="utf-8")
+        stolen = harness.steal(before, harness.cpu_times())
+        head = HEAD.format(num_cores=os.cpu_count(), stolen=stolen, load=os.getloadavg()[0])
+        Path(path).write_text(head + "\n".join(sorted(ROWS)) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -62,21 +77,46 @@ class Running:
         """The process id of a model's engine, None if there is none."""
         return engine_of(self.worker(), model)
 
+    def crashes(self, model):
+        """How often the server has noticed that its engine died."""
+        return self.server.get(f"/v1/models/{model}")[1]["statistics"]["crashes"]
+
     def ready(self, model):
         assert harness.post(self.port, f"/v1/models/{model}?action=load")[0] == 200
 
     @contextmanager
     def bystander(self):
-        """Another model's stream, before, during and after the block, whose gaps are measured."""
+        """Another model's stream, before, during and after the block, whose gaps are measured; and what share of the cores' time
+        neither it nor the rest of the test has had (`stolen`)."""
         stream = Bystander(self.port, BYSTANDER)
         stream.start()
         assert stream.flowing.wait(60)
-        before = harness.cpu_times()
+        before, own_before = harness.cpu_times(), self._own_ticks()
         try:
             yield stream
         finally:
             stream.finish()
-        stream.stolen = harness.steal(before, harness.cpu_times())
+        after = harness.cpu_times()
+        passed = sum(after) - sum(before)
+        idle = sum(after[3:5]) - sum(before[3:5])
+        stream.stolen = (passed - idle - (self._own_ticks() - own_before)) / passed
+
+    def _own_ticks(self):
+        """What the test, the server and its engines have taken, those that have died too."""
+        worker = self.worker()
+        engines = [pid for path in Path(f"/proc/{worker}/task").glob("*/children") for pid in path.read_text().split()]
+        times = os.times()
+        own = round((times.user + times.system) * os.sysconf("SC_CLK_TCK"))
+        return own + ticks(worker, reaped=True) + sum(ticks(pid) for pid in engines)
+
+
+def ticks(pid, *, reaped=False):
+    """Clock ticks of a process, and of its children that have ended (proc(5), /proc/PID/stat)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11 : 15 if reaped else 13]))
 
 
 def engine_of(worker, model):
@@ -100,7 +140,8 @@ def running(tmp_path_factory):
     config = harness.model_table(VICTIM, **process)
     config += harness.model_table(BYSTANDER, engine="llamacpp" if has_llamacpp() else "ctransformers", slots=2, **process)
     config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", slots=8, **process)
-    with harness.llmserve(config, log=folder / "log") as server:
+    (folder / "sitecustomize.py").write_text(_HANGS)
+    with harness.llmserve(config, log=folder / "log", environ={"PYTHONPATH": str(folder)}) as server:
         yield Running(server, folder)
     print((folder / "log").read_text()[-4000:])
 
@@ -118,7 +159,7 @@ def nothing_is_left_behind(request):
 
 
 def patience(stolen):
-    """How much longer things may take while the host takes cores away or others want them."""
+    """How much longer things may take while the host or other programs take a share of the cores."""
     return 30 if stolen > 0.05 or os.getloadavg()[0] > 1.5 * os.cpu_count() + 2 else 1
 
 

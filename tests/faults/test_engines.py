@@ -6,18 +6,23 @@ import os
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from benchmarks import harness
 from tests.faults.clients import LONG, Client, ask, wait_for
-from tests.faults.conftest import BYSTANDER, TINY, VICTIM, engine_of, patience, seconds_since
+from tests.faults.conftest import BYSTANDER, HANG, TINY, VICTIM, engine_of, patience, seconds_since
 
+NUM_CRASHES = 200
+DIED = {"503 engine_died", "200, then an error event (engine_died)"}
 PHASES = ["loading", "prefill", "decode", "idle"]
-SIGNALS = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP]
+SIGNALS = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, HANG]
+CASES = [case for case in product(PHASES, SIGNALS) if case != ("loading", HANG)]  # imports may hold the GIL for long
 
 
 def load_and_hit(running, number):
@@ -46,8 +51,7 @@ def answer_and_hit(running, number, phase):
     return "; ".join(dict.fromkeys(client.outcome() for client in clients)), begun
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "number"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_a_signal(running, note, phase, number):
     with running.bystander() as bystander:
         if phase == "loading":
@@ -59,21 +63,24 @@ def test_a_signal(running, note, phase, number):
         elif phase == "idle":
             running.ready(VICTIM)
             assert ask(running.port, VICTIM) == "200"
+            num_crashes = running.crashes(VICTIM)
             os.kill(running.engine(VICTIM), number)
-            begun, saw, noticed, lost = time.monotonic(), "nothing", 0.0, "nothing"
-            time.sleep(0.7)  # a client that comes before it is noticed would share its fate
+            begun, saw, lost = time.monotonic(), "nothing", "nothing"
+            wait_for(lambda: running.crashes(VICTIM) > num_crashes)  # a client that came before would share its fate
+            noticed = seconds_since(begun)
         else:
             saw, begun = answer_and_hit(running, number, phase)
             noticed = seconds_since(begun)
             lost = "the answers in flight on it"
-            assert set(saw.split("; ")) <= {"503 engine_died", "200, then an error event (engine_died)"}
+            assert set(saw.split("; ")) <= DIED
         assert ask(running.port, VICTIM) == "200"
         recovered = seconds_since(begun)
-    note(f"{number.name} of an engine, {phase}", saw, recovered, bystander.longest_gap, lost)
+    what = "a hang with the GIL held" if number == HANG else number.name
+    note(f"{what} of an engine, {phase}", saw, recovered, bystander.longest_gap, lost)
     assert set(bystander.outcomes) == {"200"}
     much = patience(bystander.stolen)
     assert noticed <= 1.0 * much
-    assert recovered <= 2.7 * much
+    assert recovered <= 2.0 * much
     assert bystander.longest_gap <= 1.0 * much
 
 
@@ -165,38 +172,41 @@ def test_the_worker_is_killed(running, note):
     )
 
 
+FACTS = ("threads", "descriptors", "processes", "MB")
+
+
 def facts(worker):
-    """Threads, descriptors and children of the server."""
+    """Threads, descriptors, children and memory of the server."""
     children = sum(len(path.read_text().split()) for path in Path(f"/proc/{worker}/task").glob("*/children"))
-    return len(os.listdir(f"/proc/{worker}/task")), len(os.listdir(f"/proc/{worker}/fd")), children
+    return (
+        len(os.listdir(f"/proc/{worker}/task")),
+        len(os.listdir(f"/proc/{worker}/fd")),
+        children,
+        harness.pss(worker)["anon"] // 10**6,
+    )
 
 
 def test_crashes_in_a_row_leave_nothing(running, note):
-    """As many as FAULTS_CRASHES says."""
+    """Nothing that a process can hold. Each hits an engine that answers."""
     running.ready(TINY)
     worker = running.worker()
-    temporary = set(os.listdir("/tmp"))
+    temporary = set(os.listdir(tempfile.gettempdir()))
     begun = time.monotonic()
-    num_crashes, before = int(os.environ.get("FAULTS_CRASHES", "40")), None
-    for number in range(num_crashes + 4):
-        assert ask(running.port, TINY) == "200"
-        if number == 4:  # its thread pool is as large as it gets
+    before = None
+    for number in range(NUM_CRASHES):
+        if number == 10:  # its thread pool is as large as it gets
             before = facts(worker)
-        clients = [Client(running.port, TINY, stream=stream, max_tokens=150) for stream in (True, False, True)]
+        clients = [Client(running.port, TINY, stream=stream, n=4, max_tokens=150) for stream in (True, False, True)]
+        wait_for(lambda: running.server.get(f"/v1/models/{TINY}")[1]["running"] == 3)
         os.kill(running.engine(TINY), signal.SIGKILL if number % 2 else signal.SIGSEGV)
-        assert all(client.outcome() for client in clients)
-    assert ask(running.port, TINY) == "200"
+        assert {client.outcome() for client in clients} <= DIED
+        assert ask(running.port, TINY) == "200"
+    pace = seconds_since(begun) / NUM_CRASHES
+    wait_for(lambda: facts(worker)[1] <= before[1])  # those of a connection that was just closed
     after = facts(worker)
-    pace = seconds_since(begun) / num_crashes
-    note(
-        f"{num_crashes} crashes in a row under load",
-        f"threads, descriptors, processes: {before}, {after}",
-        pace,
-        lost="what was in flight",
-    )
-    assert abs(after[0] - before[0]) <= 6
-    assert abs(after[1] - before[1]) <= 4
+    saw = "; ".join(f"{name} {one} → {other}" for name, one, other in zip(FACTS, before, after, strict=True))
+    note(f"{NUM_CRASHES} crashes in a row under load", saw, pace, lost="what was in flight")
+    assert after[0] <= before[0] + 2
     assert after[2] == before[2]
     assert running.engine(TINY)
-    left = {name for name in set(os.listdir("/tmp")) - temporary if "llmserve" in name}
-    assert not left
+    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - temporary if "llmserve" in name}

@@ -9,6 +9,7 @@ from llmserve.config import ModelSpec, ServerConfig
 from llmserve.engine.generation import Delta, Failed, GenerationParams, SamplingParams
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import ModelFileError
+from llmserve.models import probe
 from llmserve.models.loading import Loader, choose_engine, has_llamacpp
 from tests import tiny_models
 
@@ -54,6 +55,15 @@ def test_the_engine_is_the_one_asked_for_else_the_faster_one_that_is_there(optio
     engine, reason = choose_engine(ModelSpec(id="m", source="m.gguf", **options), llamacpp)
     assert engine == expected
     assert reason
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("task", ["generate", "embed"])
+def test_a_model_says_when_it_runs_without_repacked_weights(tmp_path, open_engine, task):
+    path = tiny_models.write_llama_spm(tmp_path / "tiny.gguf")
+    probe.remember(probe.no_repack_note(tmp_path / "cache"))
+    assert "without repacked weights" in open_engine(path, engine="llamacpp", task=task).info.reason
+    assert "repacked" not in open_engine(path, engine="ctransformers", task=task).info.reason
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ import pytest
 
 from llmserve.errors import ModelFileError
 from llmserve.models import probe
+from llmserve.models.loading import has_llamacpp
 from llmserve.models.probe import Trial
 from tests import tiny_models
 from tests.tiny_models import CONTEXT_LENGTH, write_ggml, write_llama_spm
+
+needs_llamacpp = pytest.mark.skipif(not has_llamacpp(), reason="llama-cpp-python, the extra `llamacpp`, is not installed")
 
 
 @pytest.fixture
@@ -41,6 +44,27 @@ def test_a_good_file_passes_and_is_not_opened_again_until_it_changes(path, cache
     probe.probe(path, Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
     replace_content(path, b"GGUF", hidden=False)
     refusal(path, cache_dir)
+
+
+def test_another_build_of_the_library_is_tried_again(tmp_path):
+    (tmp_path / "lib").mkdir()
+    library = tmp_path / "lib" / "libggml.so.0"
+    library.write_bytes(b"one")
+    (tmp_path / "model.py").write_text("")
+    before = probe.shared_libraries(tmp_path)
+    assert [name for name, _, _ in before] == ["libggml.so.0"]
+    replace_content(library, b"two", hidden=False)
+    assert probe.shared_libraries(tmp_path) != before
+
+
+@pytest.mark.parametrize("engine", ["ctransformers", pytest.param("llamacpp", marks=needs_llamacpp)])
+def test_a_verdict_knows_the_libraries_that_gave_it(engine, monkeypatch, path, cache_dir):
+    write_llama_spm(path)
+    before = probe._verdict(path, Trial(engine, CONTEXT_LENGTH), cache_dir)
+    seen = []
+    monkeypatch.setattr(probe, "shared_libraries", lambda folder: seen.append(folder.name))
+    assert probe._verdict(path, Trial(engine, CONTEXT_LENGTH), cache_dir) != before
+    assert seen == [{"ctransformers": "ctransformers", "llamacpp": "llama_cpp"}[engine]]
 
 
 def test_a_bad_verdict_is_not_remembered(path, cache_dir):
