@@ -42,7 +42,9 @@ def test_members_are_not_made_up_unless_the_schema_asks_for_them(served, others,
     """A model that would write members for ever: to close an object is the last that it wants."""
     schema = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"} | others
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
-    response = served.chat(response_format=form, temperature=0, max_tokens=240, logit_bias={str(ord("}")): -100})
+    response = served.chat(
+        response_format=form, temperature=0, max_tokens=100, logit_bias={str(byte): -100 for byte in b"} \n\t"}
+    )
     assert reason(response) == ended
 
 
