@@ -37,31 +37,32 @@ def without_others(schema: dict[str, JSON]) -> dict[str, JSON]:
     """A schema that allows no members beside those it names, where it does not speak of others.
 
     Small models otherwise make members up until they are cut. All that it allows is valid by `schema` too, so one that makes a
-    value of several schemas at once stays as it is: each of them would forbid what the others name.
+    value of several schemas at once stays as it is: each of them would forbid what the others name. Where one of several
+    objects is meant that differ in a member anyway, any of them is, which can be enforced for definitions too.
     """
-    return schema if _combines(schema, schema) else _closed(schema)
+    return schema if _combines(schema, schema) else _closed(schema, schema)
 
 
-def _closed(schema: JSON) -> JSON:
+def _closed(schema: JSON, root: dict[str, JSON]) -> JSON:
     if not isinstance(schema, dict):
         return schema
-    closed = {name: _closed_parts(name, value) for name, value in schema.items()}
+    closed = {name: _closed_parts(name, value, root) for name, value in schema.items()}
     named = _table(schema, "properties")
-    if (
-        isinstance(schema.get("properties"), dict)
-        and _OPEN.isdisjoint(schema)
-        and all(str(name) in named for name in _list(schema, "required"))
-    ):
+    required = map(str, _list(schema, "required"))
+    if isinstance(schema.get("properties"), dict) and _OPEN.isdisjoint(schema) and all(name in named for name in required):
         closed["additionalProperties"] = False
+    objects = _objects(schema.get("oneOf"), root)
+    if objects and len(objects) == len(schema["oneOf"]) and _differ(objects):
+        closed["anyOf"] = closed.pop("oneOf")
     return closed
 
 
-def _closed_parts(name: str, value: JSON) -> JSON:
+def _closed_parts(name: str, value: JSON, root: dict[str, JSON]) -> JSON:
     if name in _SINGLE:
-        return _closed(value)
+        return _closed(value, root)
     if name in _NAMED and isinstance(value, dict):
-        return {key: _closed(part) for key, part in value.items()}
-    return [_closed(part) for part in value] if name in _LISTED and isinstance(value, list) else value
+        return {key: _closed(part, root) for key, part in value.items()}
+    return [_closed(part, root) for part in value] if name in _LISTED and isinstance(value, list) else value
 
 
 def _combines(schema: dict[str, JSON], root: dict[str, JSON]) -> bool:
@@ -69,18 +70,21 @@ def _combines(schema: dict[str, JSON], root: dict[str, JSON]) -> bool:
     shaping = _SHAPING.intersection(schema)
     if len(shaping) > 1 and not shaping.isdisjoint(_REFERRING):
         return True
-    if len(_list(schema, "allOf")) > 1 or not _told_apart(_list(schema, "oneOf"), root):
+    if len(_list(schema, "allOf")) > 1 or not _differ(_objects(schema.get("oneOf"), root)):
         return True
     return any(_combines(part, root) for _, part in subschemas(schema))
 
 
-def _told_apart(schemas: list[JSON], root: dict[str, JSON]) -> bool:
-    """Whether objects by different ones of the schemas differ in a member that all of them have."""
-    objects = [part for part in (_resolve(each, root) for each in schemas) if "object" in str(part.get("type", "object"))]
-    if len(objects) < 2:
-        return True
-    kinds = [_constants(part) for part in objects]
-    return any(len({kind[name] for kind in kinds if name in kind}) == len(kinds) for name in kinds[0])
+def _objects(schemas: JSON, root: dict[str, JSON]) -> list[dict[str, JSON]]:
+    """Those of the schemas, perhaps by reference, that allow objects."""
+    resolved = [_resolve(each, root) for each in schemas] if isinstance(schemas, list) else []
+    return [each for each in resolved if "object" in str(each.get("type", "object"))]
+
+
+def _differ(objects: list[dict[str, JSON]]) -> bool:
+    """Whether each two have different values in some member that all must have, so that none is valid by both."""
+    kinds = [_constants(each) for each in objects]
+    return len(kinds) < 2 or any(len({kind[name] for kind in kinds if name in kind}) == len(kinds) for name in kinds[0])
 
 
 def _resolve(schema: JSON, root: dict[str, JSON]) -> dict[str, JSON]:

@@ -58,6 +58,14 @@ def test_what_speaks_of_others_or_combines_schemas_is_left_as_it_is(schema, valu
     assert allows(schema, value)
 
 
+def test_one_of_several_objects_is_any_of_them_where_they_differ_in_a_member():
+    definitions = {"n": NAMED, "o": OTHER}
+    schema = {"$defs": definitions, "items": {"oneOf": [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/o"}]}}
+    assert without_others(schema)["items"] == {"anyOf": schema["items"]["oneOf"]}
+    numbers = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    assert without_others(numbers) == numbers
+
+
 def test_what_came_in_is_left_as_it_is():
     before = repr(NAMED)
     without_others(NAMED)
