@@ -234,9 +234,13 @@ def test_mistakes_with_embeddings_are_named(client, changes, param, code):
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
-def test_an_embedding_model_does_not_chat(client):
+@pytest.mark.parametrize("prompt", [None, "hello", [5, 6, 7], [[5], [6]]], ids=str)
+def test_an_embedding_model_does_not_write(client, prompt):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**OPTIONS | {"model": EMBEDDER})
+        if prompt is None:
+            client.chat.completions.create(**OPTIONS | {"model": EMBEDDER})
+        else:
+            client.completions.create(model=EMBEDDER, prompt=prompt)
     assert (caught.value.param, caught.value.code) == ("model", "unsupported_value")
 
 
