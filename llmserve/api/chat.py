@@ -74,7 +74,7 @@ def render_prompt(engine: Engine, chat: ChatRequest, messages: list[JSON], use: 
     shown = messages[:-1] if chat.continue_final_message else messages
     adapted, tools = tool_prompts.adapt(shown, use.functions, template.tools)
     add_prompt = chat.add_generation_prompt or chat.continue_final_message
-    segments = template.render(adapted, add_generation_prompt=add_prompt, **chat.chat_template_kwargs, **tools)
+    segments = template.render(adapted, add_generation_prompt=add_prompt, **chat.template_variables, **tools)
     if chat.continue_final_message:
         return flow.extend(segments, messages[-1]["content"])
     return template.extend(segments, tool_formats.opening(template.tools.form)) if use.forced else segments

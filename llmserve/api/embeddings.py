@@ -11,7 +11,7 @@ import numpy as np
 from llmserve.api import JSON, body, flow
 from llmserve.api.connection import LOOK_INTERVAL, Watch
 from llmserve.api.context import Context, Request
-from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, required
+from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, passive, required
 from llmserve.api.parameters import INT32_MAX, check_model, check_token_ids
 from llmserve.api.responses import Response, ignored_header, json_response
 from llmserve.engine.generation import Embedding, Failed, Generation, GenerationEnd
@@ -32,7 +32,7 @@ class EmbeddingsRequest(Struct):
     input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX))
     encoding_format: str = optional(OneOf(("float", "base64")), "float")
     dimensions: int | None = optional(Integer(1, INT32_MAX))
-    user: str | None = optional(String())
+    user: str | None = passive(String())
 
 
 def create(ctx: Context, request: Request) -> Response:

@@ -22,6 +22,7 @@ from llmserve.api.fields import (
     Tagged,
     Unsupported,
     optional,
+    passive,
     required,
 )
 from llmserve.api.parameters import (
@@ -198,6 +199,7 @@ class ChatRequest(GenerationFields):
     continue_final_message: bool = optional(Boolean(), False)
     add_generation_prompt: bool = optional(Boolean(), True)
     chat_template_kwargs: dict[str, JSON] = optional(Object(), {})
+    reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
 
     tools: tuple[Tool, ...] = optional(TOOLS, ())
     tool_choice: ToolChoice | None = optional(TOOL_CHOICE)
@@ -205,14 +207,13 @@ class ChatRequest(GenerationFields):
     functions: tuple[FunctionDefinition, ...] = optional(FUNCTIONS, ())
     function_call: str | FunctionName | None = optional(FUNCTION_CALL)
 
-    safety_identifier: str | None = optional(String())
-    prompt_cache_key: str | None = optional(String())
-    prompt_cache_retention: str | None = optional(OneOf(("in_memory", "in-memory", "24h")))
-    prompt_cache_options: dict[str, JSON] | None = optional(Object())
-    store: bool = optional(Boolean(), False)
-    prediction: dict[str, JSON] | None = optional(Object())
-    reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
-    verbosity: str | None = optional(OneOf(("low", "medium", "high")))
+    safety_identifier: str | None = passive(String())
+    prompt_cache_key: str | None = passive(String())
+    prompt_cache_retention: str | None = passive(OneOf(("in_memory", "in-memory", "24h")))
+    prompt_cache_options: dict[str, JSON] | None = passive(Object())
+    store: bool = passive(Boolean(), False)
+    prediction: dict[str, JSON] | None = passive(Object())
+    verbosity: str | None = passive(OneOf(("low", "medium", "high")))
 
     modalities: None = optional(Unsupported(Array(OneOf(("text", "audio"))), (["text"],)))
     audio: None = optional(Unsupported(Object()))
@@ -223,6 +224,14 @@ class ChatRequest(GenerationFields):
     def token_limit(self) -> int | None:
         """Most tokens of one choice; None is what the context leaves."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def template_variables(self) -> dict[str, JSON]:
+        """What the chat template is told beside messages and tools. Families switch reasoning by one name or the other."""
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs
+        switches = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
+        return switches | self.chat_template_kwargs
 
     @property
     def num_logprobs(self) -> int | None:
@@ -247,7 +256,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        opening = (self.continue_final_message, self.add_generation_prompt, self.chat_template_kwargs)
+        opening = (self.continue_final_message, self.add_generation_prompt, self.template_variables)
         return *super().shape, self.token_limit, self.num_logprobs, opening
 
     def params(self, max_tokens: int, engine: Engine) -> GenerationParams:
