@@ -1,12 +1,19 @@
 """The README's tables and tree are the code's."""
 
+import inspect
 import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
+import openai
 import pytest
+from openai.resources.chat.completions import AsyncCompletions, Completions
 
+from llmserve.api.completions import CompletionRequest
+from llmserve.api.embeddings import EmbeddingsRequest
+from llmserve.api.fields import Unsupported
+from llmserve.api.schema import ChatRequest
 from llmserve.config import CacheConfig, ModelSpec, ServerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +58,38 @@ def test_the_tree_names_no_file_that_is_not_there():
     tree = README.split("```\nllmserve/")[1].split("```")[0]
     names = {path.name for path in (ROOT / "llmserve").rglob("*.py")}
     assert set(re.findall(r"^ +(\w+\.py) ", tree, re.MULTILINE)) <= names
+
+
+BODIES = {
+    "/v1/chat/completions": (ChatRequest, Completions.create, AsyncCompletions.create),
+    "/v1/completions": (CompletionRequest, openai.resources.Completions.create, openai.resources.AsyncCompletions.create),
+    "/v1/embeddings": (EmbeddingsRequest, openai.resources.Embeddings.create, openai.resources.AsyncEmbeddings.create),
+}
+NOT_IN_THE_BODY = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+
+
+def parameter_rows():
+    """The rows of the README's table of parameters, from the parsers of requests."""
+    kinds = {"honoured": [], "checked, without effect": [], "refused": []}
+    for body, _, _ in BODIES.values():
+        fields_of = {kind: [] for kind in kinds}
+        for name, field in body.declared.items():
+            refused = isinstance(field.parser, Unsupported)
+            fields_of["refused" if refused else "checked, without effect" if field.passive else "honoured"].append(name)
+        for kind, names in fields_of.items():
+            kinds[kind].append(", ".join(f"`{name}`" for name in names))
+    return [f"| {kind} | {' | '.join(columns)} |" for kind, columns in kinds.items()]
+
+
+def test_every_parameter_is_in_the_readme_with_what_is_done_about_it():
+    for row in parameter_rows():
+        assert row in README, row
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_every_parameter_of_the_official_client_is_known(path):
+    body, *methods = BODIES[path]
+    for method in methods:
+        sent = inspect.signature(method).parameters.keys() - NOT_IN_THE_BODY
+        assert len(sent) >= 5
+        assert sent <= body.declared.keys()

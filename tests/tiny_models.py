@@ -24,7 +24,8 @@ CONTEXT_LENGTH = 256
 NUM_LAYERS = 2
 NUM_HEADS = 4
 NUM_KV_HEADS = 2
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+INFILL_TOKENS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 
 WORDS = "hello world the river runs to sea and user assistant system what is a poem about stop".split()
 CHATML = (
@@ -140,6 +141,15 @@ def write_llama_bpe(
         del weights["output.weight"]
     hyperparameters = _hyperparameters("llama", _width(quantization), NUM_KV_HEADS)
     return _write_gguf(path, {**hyperparameters, **tokenizer, **keys}, {**weights, **tensors}, quantization)
+
+
+def write_infill(path: Path, *, kind: int = CONTROL, seed: int = 0) -> Path:
+    """A llama whose vocabulary has Qwen's tokens for what stands before and behind a gap, of this type; the rest as above."""
+    tokenizer = _bpe_tokenizer()
+    tokenizer["tokenizer.ggml.tokens"] += INFILL_TOKENS
+    tokenizer["tokenizer.ggml.token_type"] += [kind] * len(INFILL_TOKENS)
+    weights = _llama_weights(seed, tokenizer["tokenizer.ggml.token_type"], _width(Quantization.F32))
+    return _write_gguf(path, {**_hyperparameters("llama", 64, NUM_KV_HEADS), **tokenizer}, weights, Quantization.F32)
 
 
 def write_falcon_bpe(

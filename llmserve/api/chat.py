@@ -20,6 +20,7 @@ from llmserve.api.schema import ChatRequest
 from llmserve.api.tools import ToolUse
 from llmserve.engine import tool_formats, tool_prompts
 from llmserve.engine.generation import Event, GenerationParams, Grammar
+from llmserve.engine.json_schema import without_others
 from llmserve.engine.output_parser import THINK, OutputParser
 from llmserve.errors import TemplateError
 
@@ -73,7 +74,7 @@ def render_prompt(engine: Engine, chat: ChatRequest, messages: list[JSON], use: 
     shown = messages[:-1] if chat.continue_final_message else messages
     adapted, tools = tool_prompts.adapt(shown, use.functions, template.tools)
     add_prompt = chat.add_generation_prompt or chat.continue_final_message
-    segments = template.render(adapted, add_generation_prompt=add_prompt, **chat.chat_template_kwargs, **tools)
+    segments = template.render(adapted, add_generation_prompt=add_prompt, **chat.template_variables, **tools)
     if chat.continue_final_message:
         return flow.extend(segments, messages[-1]["content"])
     return template.extend(segments, tool_formats.opening(template.tools.form)) if use.forced else segments
@@ -108,7 +109,7 @@ def _check_schemas(use: ToolUse) -> None:
     """Raises InvalidGrammar that names the function whose parameters cannot be enforced."""
     for index, function in enumerate(use.functions):
         path = f"functions[{index}].parameters" if use.legacy else f"tools[{index}].function.parameters"
-        check_guide(Guide(path, Grammar("json_schema", json.dumps(function.schema))))
+        check_guide(Guide(path, Grammar("json_schema", json.dumps(without_others(function.schema)))))
 
 
 def _opening(segments: Sequence[Segment]) -> str:

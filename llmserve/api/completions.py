@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 _DEFAULT_MAX_TOKENS = 16
 _MAX_PROMPTS = 2048
 _START_TEXT = "<|endoftext|>"  # what OpenAI's models take for the start of a text
-
-_INFILL_TEXTS = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
-    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
-    ("[PREFIX]", "[SUFFIX]", "[MIDDLE]"),
-)
-"""Control tokens by which the families of models are told what stands before the text that is wanted, what behind it, and that it
-begins."""
 
 PromptText = str | tuple[int, ...]
 
@@ -102,8 +91,11 @@ def _prompt(completion: CompletionRequest, text: PromptText) -> Prompt:
 
 
 def _prepare(completion: CompletionRequest, text: PromptText, engine: Engine) -> tuple[list[int], GenerationParams]:
+    flow.check_generates(engine)
     if isinstance(text, str):
-        prompt_ids = flow.encode_prompt(engine, _segments(completion, text, engine.tokenizer.control_texts), "prompt")
+        prompt_ids = flow.encode_prompt(engine, _segments(completion, text, engine), "prompt")
+    elif completion.suffix:
+        raise InvalidParameter("Invalid 'suffix': it goes with a prompt that is text, not token ids.", param="suffix")
     else:
         prompt_ids = list(text)
         check_token_ids(text, engine.tokenizer.vocab_size, "prompt")
@@ -126,19 +118,17 @@ def _start_id(engine: Engine) -> int:
     return start
 
 
-def _segments(completion: CompletionRequest, text: str, control_texts: Mapping[str, int]) -> tuple[Segment, ...]:
-    from llmserve.engine.chat_template import Control, Text
+def _segments(completion: CompletionRequest, text: str, engine: Engine) -> tuple[Segment, ...]:
+    from llmserve.engine import infill
+    from llmserve.engine.chat_template import Text
 
     if not completion.suffix:
         return (Text(text),) if text else ()
-    for texts in _INFILL_TEXTS:
-        if all(each in control_texts for each in texts):
-            prefix, suffix, middle = map(Control, texts)
-            return prefix, Text(text), suffix, Text(completion.suffix), middle
-    message = (
-        "Unsupported parameter: 'suffix' needs a model with tokens for what stands before and behind a gap; this one has none."
-    )
-    raise InvalidParameter(message, param="suffix", code="unsupported_parameter")
+    segments = infill.render(text, completion.suffix, engine.tokenizer.control_texts)
+    if segments is None:
+        message = "Unsupported parameter: 'suffix' needs a model with tokens for what stands before and behind a gap; this one has none."
+        raise InvalidParameter(message, param="suffix", code="unsupported_parameter")
+    return segments
 
 
 class CompletionFormat:

@@ -11,11 +11,11 @@ import numpy as np
 from llmserve.api import JSON, body, flow
 from llmserve.api.connection import LOOK_INTERVAL, Watch
 from llmserve.api.context import Context, Request
-from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, required
+from llmserve.api.fields import Integer, OneOf, PromptForms, String, Struct, optional, passive, required
 from llmserve.api.parameters import INT32_MAX, check_model, check_token_ids
 from llmserve.api.responses import Response, ignored_header, json_response
 from llmserve.engine.generation import Embedding, Failed, Generation, GenerationEnd
-from llmserve.errors import ContextLengthExceeded, InvalidParameter
+from llmserve.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from llmserve.engine.embedding_engine import EmbeddingEngine
@@ -32,7 +32,7 @@ class EmbeddingsRequest(Struct):
     input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX))
     encoding_format: str = optional(OneOf(("float", "base64")), "float")
     dimensions: int | None = optional(Integer(1, INT32_MAX))
-    user: str | None = optional(String())
+    user: str | None = passive(String())
 
 
 def create(ctx: Context, request: Request) -> Response:
@@ -47,6 +47,7 @@ def create(ctx: Context, request: Request) -> Response:
     watch = Watch(request.environ, request.received + server.request_timeout)
     with ctx.registry.use(model_id, watch) as engine:
         embedding_engine = _embedding_engine(engine, model_id)
+        _check_dimensions(asked, embedding_engine.dimensions)
         generation = embedding_engine.embed(_encode(embedding_engine, asked.input))
     try:
         vectors, end = _read(generation, watch)
@@ -67,6 +68,16 @@ def _embedding_engine(engine: Engine, model_id: str) -> EmbeddingEngine:
     return cast("EmbeddingEngine", engine)
 
 
+def _check_dimensions(asked: EmbeddingsRequest, most: int) -> None:
+    if asked.dimensions is not None and asked.dimensions > most:
+        raise InvalidParameter(
+            f"Invalid 'dimensions': the model's vectors have {most} dimensions. Expected a value <= {most}, "
+            f"but got {asked.dimensions} instead.",
+            param="dimensions",
+            code="integer_above_max_value",
+        )
+
+
 def _encode(engine: EmbeddingEngine, texts: tuple[str | tuple[int, ...], ...]) -> list[list[int]]:
     """Token ids of each text. Raises InvalidParameter, and ContextLengthExceeded for one that is too long."""
     encoded: list[list[int]] = []
@@ -82,17 +93,12 @@ def _encode_one(engine: EmbeddingEngine, text: str | tuple[int, ...], path: str)
     if text == "":
         raise InvalidParameter(f"Invalid '{path}': empty string.", param=path, code="empty_string")
     if isinstance(text, str):
-        flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, "input", "at least ")
+        flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, path, "at least ")
         token_ids = engine.encode(text)
     else:
         token_ids = list(text)
         check_token_ids(token_ids, engine.tokenizer.vocab_size, path)
-    if len(token_ids) > engine.context_length:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {engine.context_length} tokens. However, your input resulted in "
-            f"{len(token_ids)} tokens. Please reduce the length of the input.",
-            param=path,
-        )
+    flow.check_length(len(token_ids), engine.context_length, path)
     if not token_ids:
         raise InvalidParameter(f"Invalid '{path}': the text has no token of this model.", param=path)
     return token_ids
@@ -119,13 +125,6 @@ def _write(vector: bytes, asked: EmbeddingsRequest) -> JSON:
     """As floats or base64 of them; fewer dimensions are the first ones, at length 1 again."""
     values = np.frombuffer(vector, "<f4")
     if asked.dimensions is not None:
-        if asked.dimensions > len(values):
-            raise InvalidParameter(
-                f"Invalid 'dimensions': the model's vectors have {len(values)} dimensions. Expected a value <= {len(values)}, "
-                f"but got {asked.dimensions} instead.",
-                param="dimensions",
-                code="integer_above_max_value",
-            )
         values = values[: asked.dimensions]
         length = np.linalg.norm(values.astype(np.float64))
         values = values if length == 0 else (values / length).astype("<f4")

@@ -275,10 +275,11 @@ class Unsupported(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A member of a `Struct`; one without a default must be there."""
+    """A member of a `Struct`; one without a default must be there. `passive`: it is checked, and changes nothing."""
 
     parser: Parser
     default: Any = ...
+    passive: bool = False
 
 
 class Struct:
@@ -361,6 +362,11 @@ def required(parser: Parser) -> Any:
 def optional(parser: Parser, default: Any = None) -> Any:
     """A field that may be left out or null."""
     return Field(parser, default)
+
+
+def passive(parser: Parser, default: Any = None) -> Any:
+    """A field that may be left out or null, and asks for nothing that this server would do otherwise."""
+    return Field(parser, default, passive=True)
 
 
 def missing(path: str) -> InvalidParameter:

@@ -20,6 +20,7 @@ from llmserve.api.fields import (
     Struct,
     Tagged,
     optional,
+    passive,
     required,
 )
 from llmserve.engine.generation import GenerationParams, Grammar, SamplingParams
@@ -37,7 +38,7 @@ _MAX_END_IDS = 64
 
 class StreamOptions(Struct):
     include_usage: bool = optional(Boolean(), False)
-    include_obfuscation: bool = optional(Boolean(), False)  # padding against eavesdroppers: none is ever sent
+    include_obfuscation: bool = passive(Boolean(), False)  # padding against eavesdroppers: none is ever sent
 
 
 class JSONSchema(Struct):
@@ -98,9 +99,9 @@ class GenerationFields(Struct):
     regex: str | None = optional(String(1))
     choice: tuple[str, ...] | None = optional(Array(String(1), 1, _MAX_CHOICES))
     grammar: str | None = optional(String(1))
-    user: str | None = optional(String())
-    metadata: dict[str, str] | None = optional(Strings(16, String(max_length=64), String(max_length=512)))
-    service_tier: str | None = optional(OneOf(("auto", "default", "flex", "scale", "priority", "fast")))
+    user: str | None = passive(String())
+    metadata: dict[str, str] | None = passive(Strings(16, String(max_length=64), String(max_length=512)))
+    service_tier: str | None = passive(OneOf(("auto", "default", "flex", "scale", "priority", "fast")))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from llmserve.api.fields import (
     Tagged,
     Unsupported,
     optional,
+    passive,
     required,
 )
 from llmserve.api.parameters import (
@@ -49,6 +50,7 @@ from llmserve.api.tools import (
     resolve_legacy,
 )
 from llmserve.engine.generation import GenerationParams, Grammar
+from llmserve.engine.json_schema import without_others
 from llmserve.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -197,6 +199,7 @@ class ChatRequest(GenerationFields):
     continue_final_message: bool = optional(Boolean(), False)
     add_generation_prompt: bool = optional(Boolean(), True)
     chat_template_kwargs: dict[str, JSON] = optional(Object(), {})
+    reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
 
     tools: tuple[Tool, ...] = optional(TOOLS, ())
     tool_choice: ToolChoice | None = optional(TOOL_CHOICE)
@@ -204,14 +207,13 @@ class ChatRequest(GenerationFields):
     functions: tuple[FunctionDefinition, ...] = optional(FUNCTIONS, ())
     function_call: str | FunctionName | None = optional(FUNCTION_CALL)
 
-    safety_identifier: str | None = optional(String())
-    prompt_cache_key: str | None = optional(String())
-    prompt_cache_retention: str | None = optional(OneOf(("in_memory", "in-memory", "24h")))
-    prompt_cache_options: dict[str, JSON] | None = optional(Object())
-    store: bool = optional(Boolean(), False)
-    prediction: dict[str, JSON] | None = optional(Object())
-    reasoning_effort: str | None = optional(OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")))
-    verbosity: str | None = optional(OneOf(("low", "medium", "high")))
+    safety_identifier: str | None = passive(String())
+    prompt_cache_key: str | None = passive(String())
+    prompt_cache_retention: str | None = passive(OneOf(("in_memory", "in-memory", "24h")))
+    prompt_cache_options: dict[str, JSON] | None = passive(Object())
+    store: bool = passive(Boolean(), False)
+    prediction: dict[str, JSON] | None = passive(Object())
+    verbosity: str | None = passive(OneOf(("low", "medium", "high")))
 
     modalities: None = optional(Unsupported(Array(OneOf(("text", "audio"))), (["text"],)))
     audio: None = optional(Unsupported(Object()))
@@ -224,6 +226,14 @@ class ChatRequest(GenerationFields):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def template_variables(self) -> dict[str, JSON]:
+        """What the chat template is told beside messages and tools. Families switch reasoning by one name or the other."""
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs
+        switches = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
+        return switches | self.chat_template_kwargs
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives to each token whose scores are asked for; None asks for no scores at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -234,7 +244,7 @@ class ChatRequest(GenerationFields):
         if isinstance(self.response_format, JSONObjectFormat):
             guides.insert(0, Guide("response_format", Grammar("json_schema", '{"type": "object"}')))
         elif isinstance(self.response_format, JSONSchemaFormat):
-            schema = json.dumps(self.response_format.json_schema.schema, ensure_ascii=False)
+            schema = json.dumps(without_others(self.response_format.json_schema.schema), ensure_ascii=False)
             guides.insert(0, Guide("response_format.json_schema.schema", Grammar("json_schema", schema)))
         return guides
 
@@ -246,7 +256,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        opening = (self.continue_final_message, self.add_generation_prompt, self.chat_template_kwargs)
+        opening = (self.continue_final_message, self.add_generation_prompt, self.template_variables)
         return *super().shape, self.token_limit, self.num_logprobs, opening
 
     def params(self, max_tokens: int, engine: Engine) -> GenerationParams:

@@ -100,6 +100,9 @@ class BatchBackend(Protocol):
 class Embedder(Protocol):
     """What makes a vector of a text. Not thread-safe: one thread of an engine owns it."""
 
+    @property
+    def dimensions(self) -> int: ...
+
     def embed(self, token_ids: Sequence[int], threads: int) -> Vector:
         """The pooled vector, shape (dimensions,), of any length. Releases the GIL. Raises RuntimeError when the library fails."""
         ...

@@ -122,10 +122,16 @@ class CTransformersBackend:
             self._view_of = address
         return self._view
 
+    @property
+    def dimensions(self) -> int:
+        """Of the vectors of llama models."""
+        return int(self._call("embeddings_size", self._open()))
+
     def embedding(self) -> Vector:
         """The last evaluated token's vector behind the last layer's norm, of llama models. A copy."""
-        size = self._call("embeddings_size", self._open())
-        return np.array((ctypes.c_float * size).from_address(self._call("embeddings_data", self._open())), dtype=np.float32)
+        return np.array(
+            (ctypes.c_float * self.dimensions).from_address(self._call("embeddings_data", self._open())), dtype=np.float32
+        )
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text by the library's own tokenizer, without BOS."""

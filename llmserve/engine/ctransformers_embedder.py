@@ -18,6 +18,7 @@ class CTransformersEmbedder:
     def __init__(self, backend: CTransformersBackend, pooling: str) -> None:
         self._backend = backend
         self._pooling = pooling
+        self.dimensions = backend.dimensions
 
     def embed(self, token_ids: Sequence[int], threads: int) -> Vector:
         if self._pooling == "last":

@@ -48,6 +48,7 @@ class EmbeddingEngine(Engine):
         """`encode` makes a text the token ids whose vector it gets."""
         super().__init__(info, 1, tokenizer, ChatTemplate(None), budget, settings, statistics, clock)
         self.encode = encode
+        self.dimensions = embedder.dimensions
         self._embedder = embedder
         self._start_thread("llmserve-embed", self._serve)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmserve.engine.generation import Grammar
+from llmserve.engine.json_schema import subschemas
 from llmserve.errors import InvalidGrammar
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ JSON = Any
 _WHITESPACE = r"[ \n\t]{0,20}"
 """Between the tokens of JSON: unbounded, it is where a model can run away."""
 
-_NAMED_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
-_LISTED_SUBSCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE_SUBSCHEMAS = ("items", "additionalProperties", "additionalItems")
 _MAX_LOOKS = 1000
 """Subschemas that are tried to find the one that is wrong."""
 
@@ -125,7 +122,7 @@ def _path_of_fault(schema: JSON, reason: str) -> str:
     definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     path, looks = "", 0
     while True:
-        for step, part in _subschemas(schema):
+        for step, part in subschemas(schema):
             looks += 1
             if looks > _MAX_LOOKS:
                 return path
@@ -134,17 +131,3 @@ def _path_of_fault(schema: JSON, reason: str) -> str:
                 break
         else:
             return path
-
-
-def _subschemas(schema: dict[str, JSON]) -> Iterator[tuple[str, dict[str, JSON]]]:
-    """The parts of a schema that are schemas, each with the step that leads to it."""
-    for name, value in schema.items():
-        if name in _SINGLE_SUBSCHEMAS:
-            parts = [(f".{name}", value)]
-        elif name in _NAMED_SUBSCHEMAS and isinstance(value, dict):
-            parts = [(f".{name}.{key}", part) for key, part in value.items()]
-        elif name in _LISTED_SUBSCHEMAS and isinstance(value, list):
-            parts = [(f".{name}[{index}]", part) for index, part in enumerate(value)]
-        else:
-            continue
-        yield from ((step, part) for step, part in parts if isinstance(part, dict))

@@ -33,6 +33,7 @@ class LlamaCppEmbedder(LlamaCppBackend):
         if library.llama_pooling_type(self._context) == _NO_POOLING:
             self.close()
             raise RuntimeError("it does not say how a text's vector is made of its tokens': set `pooling`")
+        self.dimensions = int(library.llama_model_n_embd_out(self._model))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text with the special tokens around it that the model was trained with."""
@@ -53,8 +54,7 @@ class LlamaCppEmbedder(LlamaCppBackend):
         pointer = library.llama_get_embeddings_seq(self._open(), 0)
         if not pointer:
             raise RuntimeError("the library gave no vector")
-        size = library.llama_model_n_embd_out(self._model)
-        return np.ctypeslib.as_array(pointer, shape=(size,)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(self.dimensions,)).copy()
 
     def _evaluate(self, token_ids: Sequence[int], position: int, threads: int) -> None:
         count = len(token_ids)

@@ -9,12 +9,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-JSON = Any
+from llmserve.engine.json_schema import without_others
 
-_OPEN = frozenset(
-    "additionalProperties patternProperties unevaluatedProperties allOf anyOf oneOf not if $ref minProperties".split()
-)
-"""What speaks of members that `properties` does not name."""
+JSON = Any
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
@@ -123,23 +120,7 @@ def _call_rules(form: ToolFormat, functions: Sequence[Function], before: str = "
 
 def _closed(schema: dict[str, JSON]) -> dict[str, JSON]:
     """Arguments are an object whatever the schema leaves open, in a form that cannot grow by white space or made-up members."""
-    return {"type": "object", **_without_others(schema), **_COMPACT}
-
-
-def _without_others(schema: JSON) -> JSON:
-    """A schema that allows no members beside those it names, where it does not speak of others: all it allows is valid by `schema`."""
-    if not isinstance(schema, dict):
-        return schema
-    closed = {}
-    for key, value in schema.items():
-        if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            value = {name: _without_others(each) for name, each in value.items()}
-        elif key == "items":
-            value = _without_others(value)
-        closed[key] = value
-    if "properties" in schema and _OPEN.isdisjoint(schema):
-        closed["additionalProperties"] = False
-    return closed
+    return {"type": "object", **without_others(schema), **_COMPACT}
 
 
 def describe(functions: Sequence[Function]) -> str:

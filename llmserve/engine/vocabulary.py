@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from llmserve.engine import infill
 from llmserve.engine.gguf import Strings
 from llmserve.engine.output_parser import MARKERS
 from llmserve.errors import ModelFileError
@@ -178,7 +179,7 @@ def _tokens(metadata: Metadata) -> Iterator[tuple[str, int]]:
     if not isinstance(types, list | tuple) or len(types) != len(texts):
         raise ModelFileError(f"The model file has {len(texts)} tokens, but not as many token types.")
     for token_id, (text, kind) in enumerate(zip(texts, types, strict=True)):
-        works_so = kind == _USER_DEFINED and (token_id in declared or text in _TURN_TEXTS)
+        works_so = kind == _USER_DEFINED and (token_id in declared or text in _TURN_TEXTS or text in infill.TEXTS)
         yield text, _CONTROL if works_so else kind
 
 

@@ -37,6 +37,17 @@ def test_a_cut_answer_says_so(served):
     assert reason(response) == "length"
 
 
+@pytest.mark.parametrize(("others", "ended"), [({}, "stop"), ({"additionalProperties": True}, "length")])
+def test_members_are_not_made_up_unless_the_schema_asks_for_them(served, others, ended):
+    """A model that would write members for ever: to close an object is the last that it wants."""
+    schema = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"} | others
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    response = served.chat(
+        response_format=form, temperature=0, max_tokens=100, logit_bias={str(byte): -100 for byte in b"} \n\t"}
+    )
+    assert reason(response) == ended
+
+
 def test_a_json_object_is_one(served):
     response = served.chat(
         response_format={"type": "json_object"}, temperature=0, max_tokens=200, logit_bias={str(ord("}")): 100}
@@ -68,6 +79,7 @@ def test_the_key_of_the_response_cache_holds_the_guide(served):
         {"response_format": FORMAT},
         {"choice": ["a"]},
         {"chat_template_kwargs": {"a": 1}},
+        {"reasoning_effort": "low"},
         {"add_generation_prompt": False},
     ],
 )
@@ -150,6 +162,16 @@ class TestWhatTheTemplateIsTold:
 
     def test_variables_reach_it(self, serve):
         assert self.prompt(serve, chat_template_kwargs={"mood": "(gay)"}) == "user\nHello(gay)assistant\n"
+
+    @pytest.mark.parametrize(
+        ("effort", "shown"), [("high", "(high)"), ("none", "(none)(off)"), (None, ""), ("low", "(low)")], ids=str
+    )
+    def test_reasoning_is_switched_where_it_has_a_switch(self, serve, effort, shown):
+        switch = "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
+        served = serve(template=self.TEMPLATE + switch + "{% if enable_thinking is false %}(off){% endif %}")
+        served.chat(temperature=0, max_tokens=1, reasoning_effort=effort)
+        prompt = bytes(token_id for token_id in served.backend.held if token_id < 256).decode()
+        assert prompt == "user\nHelloassistant\n" + shown
 
     def test_a_generation_prompt_can_be_left_out(self, serve):
         assert self.prompt(serve, add_generation_prompt=False) == "user\nHello"

@@ -6,10 +6,11 @@ import pytest
 
 from benchmarks import harness
 from llmserve.models.loading import has_llamacpp
-from tests.tiny_models import write_llama_spm
+from tests.tiny_models import write_infill, write_llama_spm
 
 MODEL = harness.MODEL
 EMBEDDER = "tiny-vectors"
+INFILL = "tiny-infill"
 ENGINES = [
     "ctransformers",
     pytest.param("llamacpp", marks=pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")),
@@ -31,6 +32,8 @@ def server(request, tmp_path_factory):
         id="org/tiny", source=str(tiny), load="on_demand", engine=request.param
     )
     config += harness.table(id=EMBEDDER, source=str(tiny), load="on_demand", engine=request.param, task="embed")
+    infill = write_infill(folder / "infill.gguf")
+    config += harness.table(id=INFILL, source=str(infill), load="on_demand", engine=request.param)
     with harness.llmserve(config, log=folder / "log") as running:
         yield running
 
@@ -54,5 +57,5 @@ def nothing_is_left_behind(request):
     yield
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")
-        for model in (MODEL, "org/tiny"):
+        for model in (MODEL, "org/tiny", INFILL):
             running.wait_until_idle(model, timeout=1.5)

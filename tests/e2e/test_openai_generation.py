@@ -14,7 +14,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import INFILL, MODEL
 
 MESSAGES = [{"role": "user", "content": "Tell me about a small town by the sea."}]
 FRESH = {"Cache-Control": "no-store"}
@@ -142,28 +142,47 @@ def test_logprobs_are_complete_and_exact(client):
         assert 0.2 < sum(map(math.exp, values)) <= 1.0001
 
 
-def test_fifty_random_parameter_sets_stream_what_they_answer(client):
-    rng = random.Random(5)
-    for seed in range(50):
-        options = {
-            "seed": seed,
-            "max_tokens": rng.randrange(3, 20),
-            "temperature": rng.choice([0, 0.5, 1, 1.7]),
-            "top_p": rng.choice([0.3, 0.9, 1]),
-            "n": rng.choice([1, 1, 2]),
-            "frequency_penalty": rng.choice([0, 0.7]),
-            "stop": rng.choice([None, ["a"], [" the", "."]]),
-            "logprobs": rng.random() < 0.5,
-            "extra_body": rng.choice([{}, {"top_k": 5}, {"min_p": 0.1}, {"regex": "[a-z ]{1,30}"}, {"min_tokens": 3}]),
-        }
-        whole = ask(client, **options)
-        texts, reasons, logprobs, usage = ask_streaming(client, **options)
-        assert usage.completion_tokens == whole.usage.completion_tokens, options
-        for choice in whole.choices:
-            assert (texts[choice.index], reasons[choice.index]) == (choice.message.content, choice.finish_reason), options
-            if choice.logprobs:
-                streamed = [entry.logprob for entry in logprobs.get(choice.index, [])]
-                assert streamed == pytest.approx([entry.logprob for entry in choice.logprobs.content], abs=0.02)
+def random_options(seed):
+    """A request that any of the parameters may shape."""
+    rng = random.Random(seed)
+    options = {
+        "seed": rng.choice([seed, -seed, 2**63 - 1 - seed]),
+        "max_tokens": rng.randrange(2, 20),
+        "temperature": rng.choice([0, 0.5, 1, 1.7]),
+        "top_p": rng.choice([0.3, 0.9, 1]),
+        "n": rng.choice([1, 1, 2]),
+        "frequency_penalty": rng.choice([0, 0.7]),
+        "presence_penalty": rng.choice([0, -0.4]),
+        "stop": rng.choice([None, ["a"], [" the", "."]]),
+        "logprobs": rng.random() < 0.7,
+        "logit_bias": rng.choice([{}, {"28": -100, "260": 2}]),
+        "extra_body": rng.choice(
+            [{}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"regex": "[a-z ]{1,30}"}, {"min_tokens": 2}]
+        ),
+    }
+    if options["logprobs"]:
+        options["top_logprobs"] = rng.choice([0, 2, 5])
+    if "regex" not in options["extra_body"]:
+        options["response_format"] = rng.choice([None, None, {"type": "text"}, STRICT, {"type": "json_object"}])
+    return options
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_stream_is_the_answer_whatever_the_parameters(client, seed):
+    """Fifty random sets of them: text, log-probabilities to the last bit, finish reason and usage."""
+    options = random_options(seed)
+    whole = ask(client, **options)
+    texts, reasons, logprobs, usage = ask_streaming(client, **options)
+    assert counts(usage) == counts(whole.usage)
+    assert len(texts) == len(whole.choices) == options["n"]
+    for choice in whole.choices:
+        assert (texts[choice.index], reasons[choice.index]) == (choice.message.content, choice.finish_reason)
+        assert logprobs.get(choice.index, []) == (choice.logprobs.content if choice.logprobs else [])
+        assert bool(choice.logprobs) == options["logprobs"]
+
+
+def counts(usage):
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 class Colour(Enum):
@@ -281,10 +300,18 @@ def test_the_likely_word_scores_higher(client):
     assert score("dog") > score("moon") + 1
 
 
-def test_a_gap_is_filled_or_refused(client):
-    try:
-        answer = client.completions.create(model=MODEL, prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=4)
-    except openai.BadRequestError as error:
-        assert (error.code, error.param) == ("unsupported_parameter", "suffix")
-    else:
-        assert answer.choices[0].finish_reason
+def test_a_gap_is_filled_by_a_model_that_can(client):
+    gap = {"model": INFILL, "prompt": "the river", "suffix": " to sea", "max_tokens": 4, "temperature": 0}
+    filled, ends = client.completions.create(**gap), client.completions.create(**gap | {"suffix": " world"})
+    assert filled.choices[0].text
+    assert filled.usage.prompt_tokens > ends.usage.prompt_tokens  # the suffix is in the prompt
+    plain = client.completions.create(**gap | {"suffix": None})
+    assert plain.choices[0].text != filled.choices[0].text
+    streamed = client.completions.create(**gap, stream=True)
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == filled.choices[0].text
+
+
+def test_a_gap_is_refused_by_a_model_that_cannot(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=4)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "suffix")

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "js"
 
 
 @pytest.mark.skipif(not shutil.which("node") or not shutil.which("npm"), reason="Node.js is not installed")
-@pytest.mark.parametrize(("file", "num_tests"), [("client.test.mjs", 6), ("generation.test.mjs", 10), ("tools.test.mjs", 11)])
+@pytest.mark.parametrize(("file", "num_tests"), [("client.test.mjs", 6), ("generation.test.mjs", 10), ("tools.test.mjs", 13)])
 def test_the_javascript_client(base_url, file, num_tests):
     if not all((FOLDER / "node_modules" / name).is_dir() for name in ("openai", "zod")):
         subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"], cwd=FOLDER, check=True, timeout=300)

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from tests.e2e.conftest import EMBEDDER, MODEL
+from tests.e2e.conftest import EMBEDDER, INFILL, MODEL
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 def test_models_are_listed_with_their_aliases(client):
     models = {model.id: model for model in client.models.list()}
-    assert set(models) == {MODEL, "gpt-3.5-turbo", "gpt-4", "org/tiny", EMBEDDER}
+    assert set(models) == {MODEL, "gpt-3.5-turbo", "gpt-4", "org/tiny", EMBEDDER, INFILL}
     assert models["gpt-4"].root == MODEL
     assert client.models.retrieve("org/tiny").id == "org/tiny"
 

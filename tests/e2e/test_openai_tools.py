@@ -95,6 +95,60 @@ def test_an_answer_that_may_call_streams_what_it_is_whole(client, choice):
     assert "<tool_call>" not in (whole.message.content or "")
 
 
+ADD_CALL = r'<tool_call>\n\{"name": "add", "arguments": \{"a": [1-9], "b": [1-9]\}\}\n</tool_call>'
+AUTO = {
+    "a call": (ADD_CALL, "", 1),
+    "two calls": (rf"{ADD_CALL}\n{ADD_CALL}", "", 2),
+    "words and a call": (rf"I will add\.\n{ADD_CALL}", "I will add.", 1),
+    "a call and words": (rf"{ADD_CALL}\nSo\.", "So.", 1),
+    "words alone": (r"I <b>add</b>\.", "I <b>add</b>.", 0),
+}
+
+
+@pytest.mark.parametrize("helper", ["chunks", "the helper"])
+@pytest.mark.parametrize("name", AUTO)
+def test_a_call_of_the_models_own_accord_streams_as_deltas_without_markup(client, name, helper):
+    """The model is brought to write its markup by a regular expression: nothing says that this will be a call."""
+    regex, content, num_calls = AUTO[name]
+    asked = {**OPTIONS, "tools": [WEATHER, ADD], "tool_choice": "auto", "extra_body": {"regex": regex}, "max_tokens": 150}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert (whole.message.content or "", len(whole.message.tool_calls or ())) == (content, num_calls)
+    assert whole.finish_reason == ("tool_calls" if num_calls else "stop")
+    for call in whole.message.tool_calls or ():
+        check_arguments("add", call.function.arguments)
+    if helper == "chunks":
+        streamed = assembled(client.chat.completions.create(**asked, stream=True))
+        assert streamed == (whole.message.content, calls_of(whole.message), whole.finish_reason)
+    else:
+        with client.chat.completions.stream(**asked) as events:
+            final = events.get_final_completion().choices[0]
+        assert (final.message.content or None) == (whole.message.content or None)
+        assert (calls_of(final.message), final.finish_reason) == (calls_of(whole.message), whole.finish_reason)
+
+
+def calls_of(message):
+    return [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+
+
+def assembled(chunks):
+    """Content, calls and finish reason of a stream's one choice; each call has its id, type and name once, at its beginning."""
+    content, calls, reason = None, [], None
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert reason is None, "a chunk behind the finish reason"
+        reason = choice.finish_reason
+        if choice.delta.content is not None:
+            content = (content or "") + choice.delta.content
+        for delta in choice.delta.tool_calls or ():
+            if delta.index == len(calls):
+                assert delta.id and delta.type == "function" and delta.function.name
+                calls.append((delta.function.name, delta.function.arguments))
+            else:
+                assert delta.index == len(calls) - 1 and delta.id is delta.type is delta.function.name is None
+                calls[-1] = (calls[-1][0], calls[-1][1] + delta.function.arguments)
+    return content, calls, reason
+
+
 def test_parallel_calls_have_ids_of_their_own(client):
     answer = client.chat.completions.create(**OPTIONS | {"max_tokens": 200}, tools=[NOW, ADD], tool_choice="required")
     calls = answer.choices[0].message.tool_calls
@@ -234,9 +288,13 @@ def test_mistakes_with_embeddings_are_named(client, changes, param, code):
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
-def test_an_embedding_model_does_not_chat(client):
+@pytest.mark.parametrize("prompt", [None, "hello", [5, 6, 7], [[5], [6]]], ids=str)
+def test_an_embedding_model_does_not_write(client, prompt):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**OPTIONS | {"model": EMBEDDER})
+        if prompt is None:
+            client.chat.completions.create(**OPTIONS | {"model": EMBEDDER})
+        else:
+            client.completions.create(model=EMBEDDER, prompt=prompt)
     assert (caught.value.param, caught.value.code) == ("model", "unsupported_value")
 
 

@@ -53,7 +53,7 @@ def prompt(source, messages, functions=()):
         (CHATML, ToolSupport()),
         (HERMES_TEMPLATE, ToolSupport(HERMES, definitions=True, history=True)),
         (MISTRAL_TEMPLATE, ToolSupport(MISTRAL, definitions=True, history=True, short_ids=True)),
-        (LLAMA_TEMPLATE, ToolSupport(LLAMA_3, definitions=True, history=True)),
+        (LLAMA_TEMPLATE, ToolSupport(LLAMA_3, definitions=True, history=True, one_call=True)),
         (CODER_TEMPLATE, ToolSupport(HERMES, definitions=False, history=True)),
         ("{{ raise_exception('no') }} <tool_call>", ToolSupport()),
         ("{% if tools %}tools{% endif %}[TOOL_CALLS]", ToolSupport(MISTRAL)),

@@ -37,6 +37,22 @@ for (const tool_choice of ["required", { type: "function", function: { name: "ge
   });
 }
 
+const call = String.raw`<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "(Oslo|Lima)"\}\}\n</tool_call>`;
+const texts = { "": call, "Let me see.": String.raw`Let me see\.\n${call}` };
+for (const [content, regex] of Object.entries(texts)) {
+  test(`a call of the model's own accord, ${content || "alone"}`, async () => {
+    const asked = { ...options, tool_choice: "auto", regex };
+    const whole = (await client.chat.completions.create(asked)).choices[0];
+    assert.equal(whole.message.content ?? "", content);
+    assert.equal(whole.message.tool_calls.length, 1);
+    const streamed = (await client.chat.completions.stream(asked).finalChatCompletion()).choices[0];
+    assert.equal(streamed.message.tool_calls[0].type, "function");
+    const said = ({ message, finish_reason }) =>
+      [message.content || null, message.tool_calls.map((each) => [each.function.name, each.function.arguments]), finish_reason];
+    assert.deepEqual(said(streamed), said(whole));
+  });
+}
+
 test("arguments come in pieces", async () => {
   const pieces = [];
   const stream = client.chat.completions.stream({ ...options, tool_choice: "required" });
