@@ -26,7 +26,6 @@ def pytest_collection_modifyitems(items):
         if "/programs/" in str(item.path):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.programs)
-            item.add_marker(pytest.mark.filterwarnings("ignore"))  # the programs' own deprecations are none of ours
 
 
 @pytest.fixture(scope="session", autouse=True)
