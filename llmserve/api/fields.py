@@ -201,6 +201,7 @@ class PromptForms(NamedTuple):
 
     max_prompts: int
     max_id: int
+    min_length: int = 0  # of each string
 
     @property
     def noun(self) -> str:
@@ -211,12 +212,12 @@ class PromptForms(NamedTuple):
 
     def parse(self, value: JSON, path: str, ignored: list[str]) -> tuple[str | tuple[int, ...], ...]:
         _check_type(self, value, path)
-        ids = Array(Integer(0, self.max_id), 1)
+        text, ids = String(self.min_length), Array(Integer(0, self.max_id), 1)
         if isinstance(value, str):
-            return (value,)
+            return (text.parse(value, path, ignored),)
         if value and Integer(0, 0).accepts(value[0]):
             return (ids.parse(value, path, ignored),)
-        return Array(Either(String(), ids), 1, self.max_prompts).parse(value, path, ignored)
+        return Array(Either(text, ids), 1, self.max_prompts).parse(value, path, ignored)
 
 
 class Nullable(NamedTuple):
