@@ -15,6 +15,7 @@ import pytest
 from benchmarks import harness
 
 MODEL = harness.MODEL
+TINY = "org/tiny"
 EMBEDDER = "tiny-vectors"
 QUESTION = "What is the weather in Paris?"
 README = Path(__file__).parents[2] / "README.md"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.programs.conftest import MODEL, QUESTION
+from tests.programs.conftest import QUESTION
 from tests.programs.weather import Weather
 
 MESSAGES = [{"role": "user", "content": f"{QUESTION} Use celsius."}]

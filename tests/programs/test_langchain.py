@@ -20,8 +20,9 @@ def test_an_answer_and_its_stream(model):
     chunks = list(model.stream(QUESTION, stream_usage=True))
     assert len(chunks) > 10
     assert "".join(chunk.content for chunk in chunks) == whole.content
-    assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == (
-        whole.usage_metadata["output_tokens"]
+    assert (
+        sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata)
+        == (whole.usage_metadata["output_tokens"])
     )
 
 

@@ -36,4 +36,6 @@ def test_an_answer_and_its_stream(llm):
 
 def test_an_answer_by_a_schema(llm):
     schema = json.dumps(Weather.model_json_schema())
-    Weather.model_validate_json(llm("-m", "smol", "-o", "temperature", "0", "-o", "max_tokens", "100", "--schema", schema, QUESTION))
+    Weather.model_validate_json(
+        llm("-m", "smol", "-o", "temperature", "0", "-o", "max_tokens", "100", "--schema", schema, QUESTION)
+    )

@@ -76,7 +76,12 @@ def evaluation(documented, folder, tmp_path_factory):
     command = [Path(sys.executable).with_name(program), *arguments, "--tasks", ",".join(TASKS), "--include_path", folder]
     environ = {**os.environ, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [*command, "--output_path", output, "--log_samples"], env=environ, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--output_path", output, "--log_samples"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     (results,) = output.rglob("results_*.json")
