@@ -9,7 +9,6 @@ import zlib
 
 import jsonschema_rs
 import schemathesis
-from schemathesis.core.deserialization import deserialize_response
 
 from tests.programs.conftest import EMBEDDER, TINY
 
@@ -40,7 +39,7 @@ REFUSALS = [
     # Languages of their own.
     r"Invalid '(regex|grammar|choice|response_format|tools|functions)",
     # JSON Schema's integers may be written with a fraction.
-    r"expected an integer, but got a decimal",
+    r"but got a decimal instead",
     # Longer than any schema of one field says.
     r"more than \d+ tokens together",
 ]
@@ -66,14 +65,15 @@ def refusals_have_a_reason(ctx, response, case):
 @schemathesis.check
 def events_carry_what_is_described(ctx, response, case):
     """Each event's data is JSON as the document's `contentSchema` says, and the last is the end's."""
-    media = "text/event-stream"
+    media, prefix = "text/event-stream", "data: "
     if media not in response.headers.get("content-type", [""])[0]:
         return
     raw = case.operation.schema.raw_schema
     operation = raw["paths"][case.path][case.method.lower()]
     data = operation["responses"]["200"]["content"][media]["itemSchema"]["properties"]["data"]
     carried = data["anyOf"][1]["contentSchema"] | {"components": raw["components"]}
-    *events, last = [event["data"] for event in deserialize_response(response, media)]
+    lines = response.content.decode().split("\n")
+    *events, last = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
     assert last == "[DONE]", f"the stream ends with {last}"
     for event in map(json.loads, events):
         jsonschema_rs.validate(carried, event)
@@ -96,6 +96,6 @@ def _untangled(body, path):
             kept[name] = [token_id % VOCABULARY_SIZE for token_id in kept[name]]
     if kept.get("logit_bias"):
         kept["logit_bias"] = {str(int(token_id) % VOCABULARY_SIZE): bias for token_id, bias in kept["logit_bias"].items()}
-    if "messages" in kept:
+    if kept.get("messages"):
         kept["messages"] = [m for m in kept["messages"] if m["role"] != "tool"] or [{"role": "user", "content": "Hello"}]
     return kept
