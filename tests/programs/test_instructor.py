@@ -5,21 +5,27 @@ import pytest
 from tests.programs.conftest import QUESTION
 from tests.programs.weather import Weather
 
-MESSAGES = [{"role": "user", "content": f"{QUESTION} Use celsius."}]
+ASKED = {
+    "messages": [{"role": "user", "content": f"{QUESTION} Use celsius."}],
+    "response_model": Weather,
+    "temperature": 0,
+    "max_tokens": 100,
+    "max_retries": 0,
+}
 
 
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
-def test_an_answer_is_the_model_that_was_asked_for(documented, mode):
+@pytest.fixture(params=["TOOLS", "JSON_SCHEMA"])
+def client(request, documented):
     import instructor
 
-    client = eval(documented("instructor"), {"instructor": instructor, "mode": instructor.Mode[mode]})
-    answer = client.create(response_model=Weather, messages=MESSAGES, temperature=0, max_tokens=100, max_retries=0)
-    assert isinstance(answer, Weather)
+    line = documented("instructor").removesuffix(")") + f", mode=instructor.Mode.{request.param})"
+    return eval(line, {"instructor": instructor})
 
 
-def test_an_answer_comes_in_parts(documented):
-    import instructor
+def test_an_answer_is_the_model_that_was_asked_for(client):
+    assert isinstance(client.create(**ASKED), Weather)
 
-    client = eval(documented("instructor"), {"instructor": instructor, "mode": instructor.Mode.TOOLS})
-    *_, last = client.create_partial(response_model=Weather, messages=MESSAGES, temperature=0, max_tokens=100, max_retries=0)
+
+def test_an_answer_comes_in_parts(client):
+    *_, last = client.create_partial(**ASKED)
     Weather.model_validate(last.model_dump())
