@@ -13,6 +13,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from llmserve.api import JSON
 from llmserve.errors import InvalidParameter
 
+TOKEN_ID = "[0-9]{1,9}"
+"""A token id as the key of an object."""
+
 _LONGEST_ECHO = 64  # characters of a client's value that an error repeats
 
 
@@ -395,7 +398,7 @@ def _check_properties(path: str, number: int, maximum: int) -> None:
 
 
 def _token_id(key: str, path: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", key):
+    if not re.fullmatch(TOKEN_ID, key):
         raise _invalid(path, "invalid_value", "invalid key", "token ids as keys", f"'{_echo(key)}'")
     return int(key)
 

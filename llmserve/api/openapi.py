@@ -184,7 +184,7 @@ def _biases(parser: fields.Biases, structs: dict[str, JSON]) -> dict[str, JSON]:
     return {
         "type": "object",
         "maxProperties": parser.max_properties,
-        "propertyNames": {"pattern": "^[0-9]+$"},
+        "propertyNames": {"pattern": f"^{fields.TOKEN_ID}$"},
         "additionalProperties": bias,
     }
 

@@ -1,4 +1,4 @@
-"""What schemathesis is told beside the OpenAPI document: how fields go together, and what events of a stream carry.
+"""What schemathesis is told beside the OpenAPI document: how fields go together, and how a stream ends.
 
 SCHEMATHESIS_HOOKS names this module.
 """
@@ -7,7 +7,6 @@ import json
 import re
 import zlib
 
-import jsonschema_rs
 import schemathesis
 
 from tests.programs.conftest import EMBEDDER, TINY
@@ -63,20 +62,11 @@ def refusals_have_a_reason(ctx, response, case):
 
 
 @schemathesis.check
-def events_carry_what_is_described(ctx, response, case):
-    """Each event's data is JSON as the document's `contentSchema` says, and the last is the end's."""
-    media, prefix = "text/event-stream", "data: "
-    if media not in response.headers.get("content-type", [""])[0]:
-        return
-    raw = case.operation.schema.raw_schema
-    operation = raw["paths"][case.path][case.method.lower()]
-    data = operation["responses"]["200"]["content"][media]["itemSchema"]["properties"]["data"]
-    carried = data["anyOf"][1]["contentSchema"] | {"components": raw["components"]}
-    lines = response.content.decode().split("\n")
-    *events, last = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
-    assert last == "[DONE]", f"the stream ends with {last}"
-    for event in map(json.loads, events):
-        jsonschema_rs.validate(carried, event)
+def streams_end_well(ctx, response, case):
+    """The last event says that it is the last. (What each carries, schemathesis holds against the document by itself.)"""
+    if "text/event-stream" in response.headers.get("content-type", [""])[0]:
+        last = response.content.decode().rstrip("\n").rpartition("\n")[2]
+        assert last == "data: [DONE]", f"the stream ends with {last}"
 
 
 def _is_positive(case):
