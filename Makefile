@@ -4,23 +4,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
+PROGRAMS := .venv-programs
 # GCC 12 drops stores that AMX needs (its bug 114098); without them the library crashes on processors that have it.
 LLAMACPP_BUILD := CMAKE_ARGS="-DCMAKE_C_FLAGS=-fno-dse -DCMAKE_CXX_FLAGS=-fno-dse"
 
-.PHONY: run test fast faults llamacpp lint cover bench bench-peers clean
+.PHONY: run test fast faults programs llamacpp lint cover bench bench-peers clean
 
 run: $(MARK)                ## the server, with the default model, on 127.0.0.1:8080
 	$(BIN)/llmserve pull
 	exec $(BIN)/llmserve serve
 
 test: $(MARK)-test          ## every test, with the real model and real clients
-	$(BIN)/pytest -m "not faults"
+	$(BIN)/pytest -m "not faults and not programs"
 
 fast: $(MARK)-test          ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
 faults: $(MARK)-test        ## what the server survives, and a table of it in FAULTS.md
 	FAULTS_REPORT=FAULTS.md $(BIN)/pytest -m faults tests/faults
+
+programs: $(MARK)-test $(PROGRAMS)/.installed  ## other people's programs against the server, and a fuzzer
+	SERVER_PYTHON=$(abspath $(BIN)/python) $(PROGRAMS)/bin/python -m pytest -W ignore -m programs tests/programs
 
 llamacpp: $(MARK)           ## the other engine; pip compiles it, which takes some minutes the first time
 	$(LLAMACPP_BUILD) $(BIN)/pip install --disable-pip-version-check -e ".[llamacpp]"
@@ -43,7 +47,7 @@ bench-peers: $(MARK)-bench  ## llmserve beside llama-server and llama-cpp-python
 	$(BIN)/python -m benchmarks.peers
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(PROGRAMS) build *.egg-info
 
 $(MARK): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +60,11 @@ $(MARK)-test: $(MARK)
 
 $(MARK)-bench: $(MARK)
 	$(LLAMACPP_BUILD) $(BIN)/pip install --quiet --disable-pip-version-check -e ".[llamacpp,bench]"
+	touch $@
+
+$(PROGRAMS)/.installed: tests/programs/requirements.txt
+	test -x $(PROGRAMS)/bin/python || $(PYTHON) -m venv $(PROGRAMS)
+	$(PROGRAMS)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 $(MARK)-lint: $(MARK)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-PYTHON = sys.executable
+PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
+"""Whose environment the servers are of."""
 MODEL = "smollm2-135m-instruct"
 SUBJECTS = [
     "a river", "a lighthouse", "two brothers", "an old bridge", "the first snow", "a clockmaker", "a desert town", "a ship",

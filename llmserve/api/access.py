@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from llmserve.api.context import Request
 from llmserve.api.responses import Response
+from llmserve.api.urls import OPEN_PATHS
 from llmserve.config import ServerConfig, is_loopback, split_bind
 from llmserve.errors import ForbiddenHost, ForbiddenOrigin, InvalidAPIKey, MissingAPIKey
 
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})  # probes carry no key
 _EXPOSED = "X-Request-Id, X-Cache, Age, X-LLMServe-Ignored, Retry-After, openai-processing-ms"
 _PREFLIGHT_MAX_AGE = "7200"  # seconds; browsers take no more
 
@@ -37,7 +37,7 @@ class Access:
         """Raises ForbiddenHost, ForbiddenOrigin or InvalidAPIKey."""
         self._check_host(request)
         self._check_origin(request)
-        if self._keys and request.method != "OPTIONS" and request.path not in _OPEN_PATHS:
+        if self._keys and request.method != "OPTIONS" and request.path not in OPEN_PATHS:
             self._check_key(request)
 
     def headers(self, request: Request) -> list[tuple[str, str]]:

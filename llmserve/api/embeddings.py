@@ -29,7 +29,7 @@ class EmbeddingsRequest(Struct):
     """The body of POST /v1/embeddings."""
 
     model: str = required(String())
-    input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX))
+    input: tuple[str | tuple[int, ...], ...] = required(PromptForms(_MAX_TEXTS, INT32_MAX, min_length=1))
     encoding_format: str = optional(OneOf(("float", "base64")), "float")
     dimensions: int | None = optional(Integer(1, INT32_MAX))
     user: str | None = passive(String())
@@ -90,8 +90,6 @@ def _encode(engine: EmbeddingEngine, texts: tuple[str | tuple[int, ...], ...]) -
 
 
 def _encode_one(engine: EmbeddingEngine, text: str | tuple[int, ...], path: str) -> list[int]:
-    if text == "":
-        raise InvalidParameter(f"Invalid '{path}': empty string.", param=path, code="empty_string")
     if isinstance(text, str):
         flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, path, "at least ")
         token_ids = engine.encode(text)

@@ -13,6 +13,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from llmserve.api import JSON
 from llmserve.errors import InvalidParameter
 
+TOKEN_ID = "[0-9]{1,9}"
+"""A token id as the key of an object."""
+
 _LONGEST_ECHO = 64  # characters of a client's value that an error repeats
 
 
@@ -201,6 +204,7 @@ class PromptForms(NamedTuple):
 
     max_prompts: int
     max_id: int
+    min_length: int = 0  # of each string
 
     @property
     def noun(self) -> str:
@@ -211,12 +215,12 @@ class PromptForms(NamedTuple):
 
     def parse(self, value: JSON, path: str, ignored: list[str]) -> tuple[str | tuple[int, ...], ...]:
         _check_type(self, value, path)
-        ids = Array(Integer(0, self.max_id), 1)
+        text, ids = String(self.min_length), Array(Integer(0, self.max_id), 1)
         if isinstance(value, str):
-            return (value,)
+            return (text.parse(value, path, ignored),)
         if value and Integer(0, 0).accepts(value[0]):
             return (ids.parse(value, path, ignored),)
-        return Array(Either(String(), ids), 1, self.max_prompts).parse(value, path, ignored)
+        return Array(Either(text, ids), 1, self.max_prompts).parse(value, path, ignored)
 
 
 class Nullable(NamedTuple):
@@ -394,7 +398,7 @@ def _check_properties(path: str, number: int, maximum: int) -> None:
 
 
 def _token_id(key: str, path: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", key):
+    if not re.fullmatch(TOKEN_ID, key):
         raise _invalid(path, "invalid_value", "invalid key", "token ids as keys", f"'{_echo(key)}'")
     return int(key)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmserve import __version__
 from llmserve.api import JSON, fields, urls
+from llmserve.api.answers import ANSWERS, CHUNKS, ERROR, NOT_READY, STRING
 from llmserve.api.completions import CompletionRequest
 from llmserve.api.context import Context, Request
 from llmserve.api.embeddings import EmbeddingsRequest
@@ -27,58 +28,17 @@ _BODIES: Mapping[str, type[Struct]] = {
     urls.APPLY_TEMPLATE: ChatRequest,
 }
 
-_STRING: JSON = {"type": "string"}
-_INTEGER: JSON = {"type": "integer"}
-_NULLABLE_STRING: JSON = {"type": ["string", "null"]}
-
-
-def _object(**properties: JSON) -> JSON:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _list(item: JSON) -> JSON:
-    return {"type": "array", "items": item}
-
-
-_ERROR = _object(error=_object(message=_STRING, type=_STRING, param=_NULLABLE_STRING, code=_NULLABLE_STRING))
-_USAGE = _object(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
-_MESSAGE = _object(role={"const": "assistant"}, content=_NULLABLE_STRING, refusal=_NULLABLE_STRING)
-_CHOICE = _object(index=_INTEGER, message=_MESSAGE, logprobs={"type": ["object", "null"]}, finish_reason=_STRING)
-_VECTOR = {"anyOf": [_list({"type": "number"}), _STRING]}
-_ANSWERS: Mapping[str, JSON] = {
-    urls.CHAT: _object(
-        id=_STRING, object={"const": "chat.completion"}, created=_INTEGER, model=_STRING, choices=_list(_CHOICE), usage=_USAGE
-    ),
-    urls.COMPLETIONS: _object(
-        id=_STRING,
-        object={"const": "text_completion"},
-        created=_INTEGER,
-        model=_STRING,
-        choices=_list(_object(index=_INTEGER, text=_STRING, logprobs={"type": ["object", "null"]}, finish_reason=_STRING)),
-        usage=_USAGE,
-    ),
-    urls.EMBEDDINGS: _object(
-        object={"const": "list"},
-        data=_list(_object(object={"const": "embedding"}, index=_INTEGER, embedding=_VECTOR)),
-        model=_STRING,
-        usage=_USAGE,
-    ),
-    urls.TOKENIZE: _object(tokens=_list(_INTEGER), count=_INTEGER, max_model_len=_INTEGER),
-    urls.DETOKENIZE: _object(prompt=_STRING, content=_STRING),
-    urls.APPLY_TEMPLATE: _object(prompt=_STRING),
-}
-_STREAMING = frozenset({urls.CHAT, urls.COMPLETIONS})
 _OUTCOMES = ("400", "401", "403", "404", "405", "413", "500", "503", "504")
 
 
 def serve(ctx: Context, request: Request) -> Response:
     """This API, as an OpenAPI document."""
-    return json_response(document())
+    return json_response(_document(ctx))
 
 
 def docs(ctx: Context, request: Request) -> Response:
     """This API, for people."""
-    page = _page().encode()
+    page = _page(_document(ctx)).encode()
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     headers = [
         ("Content-Type", "text/html; charset=utf-8"),
@@ -88,15 +48,20 @@ def docs(ctx: Context, request: Request) -> Response:
     return Response([page], 200, headers)
 
 
+def _document(ctx: Context) -> dict[str, JSON]:
+    names = tuple(name for spec in ctx.registry.specs for name in spec.names)
+    return document(names, keys=bool(ctx.config.server.api_keys))
+
+
 @cache
-def document() -> dict[str, JSON]:
-    """OpenAPI 3.1."""
+def document(names: tuple[str, ...], *, keys: bool = False) -> dict[str, JSON]:
+    """OpenAPI 3.2, of a server whose models have these names, and which asks for keys or does not."""
     structs: dict[str, JSON] = {}
     paths: dict[str, dict[str, JSON]] = {}
     for path, method, endpoint in _operations():
         paths.setdefault(path, {})[method.lower()] = _operation(path, endpoint, structs)
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "LLM Inference Server",
             "version": __version__,
@@ -104,11 +69,23 @@ def document() -> dict[str, JSON]:
         },
         "paths": paths,
         "components": {
-            "schemas": structs | {"Error": _ERROR},
+            "schemas": {name: _with_models(struct, names) for name, struct in structs.items()} | {"Error": ERROR},
+            "parameters": {"name": {"name": "name", "in": "path", "required": True, "schema": _one_of(names)}},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{}, {"key": []}],
+        "security": [{"key": []}] if keys else [],
     }
+
+
+def _one_of(names: tuple[str, ...]) -> dict[str, JSON]:
+    return {"type": "string", "enum": list(names)}
+
+
+def _with_models(struct: dict[str, JSON], names: tuple[str, ...]) -> dict[str, JSON]:
+    """A body that names a model names one of this server's."""
+    if "model" not in struct["properties"]:
+        return struct
+    return struct | {"properties": struct["properties"] | {"model": _one_of(names)}}
 
 
 def _operations() -> Iterator[tuple[str, str, str]]:
@@ -120,8 +97,10 @@ def _operations() -> Iterator[tuple[str, str, str]]:
 
 def _operation(path: str, endpoint: str, structs: dict[str, JSON]) -> dict[str, JSON]:
     operation: dict[str, JSON] = {"summary": _summary(endpoint), "responses": _responses(endpoint)}
+    if path in urls.OPEN_PATHS:
+        operation["security"] = []
     if "{name}" in path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
+        operation["parameters"] = [{"$ref": "#/components/parameters/name"}]
     if endpoint == urls.ACT:
         action = {"type": "string", "enum": ["load", "unload", "reload"]}
         operation["parameters"].append({"name": "action", "in": "query", "required": True, "schema": action})
@@ -137,14 +116,27 @@ def _summary(endpoint: str) -> str:
 
 def _responses(endpoint: str) -> dict[str, JSON]:
     kind = "text/html" if endpoint == urls.DOCS else "application/json"
-    content: dict[str, JSON] = {kind: {"schema": _ANSWERS.get(endpoint, {})}}
-    if endpoint in _STREAMING:
-        content["text/event-stream"] = {"schema": _STRING}
+    content: dict[str, JSON] = {kind: {"schema": ANSWERS[endpoint]}}
+    if endpoint in CHUNKS:
+        content["text/event-stream"] = {"itemSchema": _event(CHUNKS[endpoint])}
     error = {
         "description": "What is wrong.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
-    return {"200": {"description": "The answer.", "content": content}} | dict.fromkeys(_OUTCOMES, error)
+    responses = {"200": {"description": "The answer.", "content": content}} | dict.fromkeys(_OUTCOMES, error)
+    if endpoint == urls.READYZ:
+        responses["503"] = {"description": "Not ready.", "content": {"application/json": {"schema": NOT_READY}}}
+    return responses
+
+
+def _event(chunk: JSON) -> JSON:
+    """One event of a stream: JSON, and at the end what says that it is the end."""
+    carried = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [chunk, {"$ref": "#/components/schemas/Error"}]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, STRING | carried]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def schema_of(parser: Parser, structs: dict[str, JSON]) -> dict[str, JSON]:
@@ -182,9 +174,10 @@ def _tagged(parser: fields.Tagged, structs: dict[str, JSON]) -> dict[str, JSON]:
 
 
 def _prompt_forms(parser: fields.PromptForms, structs: dict[str, JSON]) -> dict[str, JSON]:
+    text = _string(fields.String(parser.min_length))
     ids = _array(fields.Integer(0, parser.max_id), 1, None, structs)
-    several = [{"type": "array", "items": item, "minItems": 1, "maxItems": parser.max_prompts} for item in (_STRING, ids)]
-    return {"anyOf": [_STRING, ids, *several]}
+    several = [{"type": "array", "items": item, "minItems": 1, "maxItems": parser.max_prompts} for item in (text, ids)]
+    return {"anyOf": [text, ids, *several]}
 
 
 def _biases(parser: fields.Biases, structs: dict[str, JSON]) -> dict[str, JSON]:
@@ -192,7 +185,7 @@ def _biases(parser: fields.Biases, structs: dict[str, JSON]) -> dict[str, JSON]:
     return {
         "type": "object",
         "maxProperties": parser.max_properties,
-        "propertyNames": {"pattern": "^[0-9]+$"},
+        "propertyNames": {"pattern": f"^{fields.TOKEN_ID}$"},
         "additionalProperties": bias,
     }
 
@@ -227,6 +220,8 @@ def _struct(struct: type[Struct], structs: dict[str, JSON]) -> dict[str, JSON]:
 def _member(field: Field, structs: dict[str, JSON]) -> dict[str, JSON]:
     """A member that may be left out may be null as well."""
     schema = schema_of(field.parser, structs)
+    if field.passive:
+        schema = schema | {"description": "Checked, and changes nothing."}
     if field.default is ...:
         return schema
     schema = _or_null(schema)
@@ -260,9 +255,7 @@ td { border: 0; padding: 0; } td:empty { display: none; } td:first-child { font-
 """
 
 
-@cache
-def _page() -> str:
-    described = document()
+def _page(described: dict[str, Any]) -> str:
     operations = [(path, *each) for path, methods in described["paths"].items() for each in methods.items()]
     operations.sort(key=lambda each: (not each[0].startswith("/v1"), "requestBody" not in each[2]))
     structs = described["components"]["schemas"]

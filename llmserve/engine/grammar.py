@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmserve.engine.generation import Grammar
@@ -81,12 +82,30 @@ class _Vocabulary:
     def __call__(self, text: str | bytes) -> list[int]:
         """How the model would write what the grammar leaves no choice in. Must spell it exactly, and not raise.
 
-        Nothing, where the tokenizer would spell something else (SentencePiece, with a space in front): the library then
-        takes the longest tokens.
+        By the longest tokens, where the tokenizer would spell something else (SentencePiece, with a space in front): of no
+        tokens the library would conclude that nothing may follow.
         """
-        text = text.decode() if isinstance(text, bytes) else text
-        token_ids = self._tokenizer.encode_text(text) if text else []
-        return token_ids if b"".join(map(self.tokens.__getitem__, token_ids)) == text.encode() else []
+        data = text.encode() if isinstance(text, str) else text
+        token_ids = self._tokenizer.encode_text(data.decode("utf-8", "replace")) if data else []
+        return token_ids if b"".join(map(self.tokens.__getitem__, token_ids)) == data else self._longest(data)
+
+    def _longest(self, data: bytes) -> list[int]:
+        """As far as there are tokens for it."""
+        token_ids: list[int] = []
+        start = 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._tokenizer.max_piece_size), start, -1)
+            end = next((end for end in ends if data[start:end] in self._ids), None)
+            if end is None:
+                break
+            token_ids.append(self._ids[data[start:end]])
+            start = end
+        return token_ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """By piece. Of two with the same the later one, for single bytes come first."""
+        return {piece: token_id for token_id, piece in enumerate(self.tokens) if piece}
 
 
 def _source(grammar: Grammar) -> str:

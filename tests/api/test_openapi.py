@@ -8,11 +8,11 @@ import pytest
 
 from llmserve.api import openapi, urls
 from llmserve.api.fields import Struct, optional
-from tests.api.conftest import chat_body
+from tests.api.conftest import ALIAS, MODEL, chat_body
 
 
 def validate(body):
-    document = openapi.document()
+    document = openapi.document((MODEL,))
     schema = {"$ref": "#/components/schemas/ChatRequest", "components": document["components"]}
     jsonschema.Draft202012Validator(schema).validate(body)
 
@@ -32,13 +32,13 @@ def test_every_url_and_method_is_described(served):
 
 
 def test_every_post_with_a_body_says_which():
-    for path, methods in openapi.document()["paths"].items():
+    for path, methods in openapi.document((MODEL,))["paths"].items():
         if "post" in methods and path != "/v1/models/{name}":
             assert "$ref" in methods["post"]["requestBody"]["content"]["application/json"]["schema"], path
 
 
 def test_references_lead_somewhere():
-    document = openapi.document()
+    document = openapi.document((MODEL,))
     text = json.dumps(document)
     for name in {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in document["components"]["schemas"]
@@ -92,6 +92,28 @@ def test_what_is_refused_is_not(served, parameters):
     assert served.client.post("/v1/chat/completions", json=body).status_code == 400
 
 
+def test_a_server_names_its_models(served):
+    document = served.client.get("/openapi.json").json
+    for name in ("ChatRequest", "CompletionRequest", "EmbeddingsRequest", "TokenizeRequest", "DetokenizeRequest"):
+        assert document["components"]["schemas"][name]["properties"]["model"]["enum"] == [MODEL, ALIAS]
+    assert document["components"]["parameters"]["name"]["schema"]["enum"] == [MODEL, ALIAS]
+
+
+def test_a_server_says_whether_it_asks_for_keys(serve, served):
+    assert served.client.get("/openapi.json").json["security"] == []
+    document = serve(api_keys=("secret",)).client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json
+    assert document["security"] == [{"key": []}]
+    open_to_all = {path for path, methods in document["paths"].items() if methods.get("get", {}).get("security") == []}
+    assert open_to_all == {"/health", "/livez", "/readyz"}
+
+
+def test_every_answer_is_described():
+    for path, methods in openapi.document((MODEL,))["paths"].items():
+        for operation in methods.values():
+            for media in operation["responses"]["200"]["content"].values():
+                assert media.get("schema") or media.get("itemSchema"), path
+
+
 def test_a_parser_without_a_schema_is_found_out():
     class Odd(Struct):
         field: object = optional(object())
@@ -121,7 +143,7 @@ def test_the_page_describes_the_same_and_needs_nothing_from_elsewhere(served):
     page.feed(response.text)
     assert page.found == ["openapi.json"]
     assert "url(" not in response.text and "@import" not in response.text
-    for path, methods in openapi.document()["paths"].items():
+    for path, methods in openapi.document((MODEL,))["paths"].items():
         assert path in page.text
         for operation in methods.values():
             assert operation["summary"] in page.text

@@ -113,6 +113,17 @@ def test_what_the_vocabulary_cannot_write_is_refused():
         Constraints(tokenizer).get(Grammar("regex", "x"))
 
 
+@pytest.mark.parametrize("text", ["hello", "hé", '{"a":1}'])
+def test_a_vocabulary_whose_tokenizer_puts_a_space_in_front_can_write_what_has_no_choice(text):
+    tokenizer = byte_tokenizer()
+    tokenizer.tokenize = lambda data: [ord(" "), *data]
+    constraint = Constraints(tokenizer).get(Grammar("lark", f"start: {json.dumps(text, ensure_ascii=False)}")).copy()
+    for value in text.encode():
+        assert allowed(constraint) == {value}
+        constraint.advance(value)
+    assert constraint.complete
+
+
 ENGINES = {"slots": lambda: [FakeBackend(), FakeBackend()], "batch": lambda: FakeBatchBackend(num_sequences=2)}
 
 
