@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_
 from llmserve.engine.speculation import PassCost, PromptLookup
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
+from llmserve.errors import APIError
 
 log = logging.getLogger(__name__)
 
@@ -104,24 +106,38 @@ class BatchEngine(Engine):
         self._num_open: Counter[Job] = Counter()  # choices of each job that are not complete
         self._num_read = 0  # prompt tokens
         self._pass_cost = PassCost()
-        self._start_thread("llmserve-batch", self._serve)
+        self._thread: threading.Thread | None = None  # guarded by _condition; while there is something to do
 
-    def _dispatch(self) -> None:
-        """Wake the thread, which takes jobs by itself. Caller holds the lock."""
-        self._condition.notify_all()
-
-    def _serve(self) -> None:
-        while self._wait_for_work():
-            with self._budget.share():
-                while self._advance():
-                    pass
+    def close(self, error: APIError | None = None) -> None:
+        super().close(error)
+        with self._condition:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
         self._backend.close()
 
-    def _wait_for_work(self) -> bool:
-        """Whether there is some; False is the end."""
+    def _dispatch(self) -> None:
+        """See that there is a thread, which takes jobs by itself. Caller holds the lock.
+
+        It ends when there is nothing to do, and with it the library's threads that helped it: libgomp's of several models
+        would outnumber the cores, and then wait for each other in the kernel, which takes twice as long.
+        """
+        if self._thread is None and self._waiting:
+            self._thread = threading.Thread(target=self._serve, name="llmserve-batch", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        with self._budget.share():
+            while self._advance() or self._has_more():
+                pass
+
+    def _has_more(self) -> bool:
+        """Whether somebody waits; if not, the thread is over."""
         with self._condition:
-            self._condition.wait_for(lambda: self._waiting or self._closed_with is not None)
-            return self._closed_with is None
+            if self._waiting:
+                return True
+            self._thread = None
+            return False
 
     def _advance(self) -> bool:
         """One round for everybody; whether there was anything to do."""

@@ -83,10 +83,13 @@ class LlamaCppBackend:
         self.vocab_size = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = _Batch(batch_size)
         self._outputs: list[range] = []
+        self._threads = 0
 
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
         self._outputs = self._batch.fill(pieces)
-        library.llama_set_n_threads(self._open(), threads, threads)
+        if threads != self._threads:  # a call gives the GIL away, for a moment that may take long
+            library.llama_set_n_threads(self._open(), threads, threads)
+            self._threads = threads
         outcome = library.llama_decode(self._open(), self._batch.struct)
         if outcome:
             raise RuntimeError(f"the library could not evaluate the tokens (llama_decode: {outcome})")
