@@ -1,7 +1,6 @@
 """python -m benchmarks.lookup: prompt lookup against the same engine without it, on text that copies from its prompt and text that does not.
 
-Two models of one file in one server, in alternation; a stream's rate as in `python -m benchmarks`. The default model is too small to
-copy faithfully by itself for long, so the copying kinds are what it does well: going on with a text that repeats what stands before.
+Two models of one file in one server, in alternation; a stream's rate as in `python -m benchmarks`.
 """
 
 from __future__ import annotations
@@ -17,13 +16,20 @@ from benchmarks.harness import chat, story
 _NUM_TOKENS = 160
 
 
-def _record(number: int, place: int) -> str:
-    return f'{{"id": {100 * number + place}, "name": "station {place}", "status": "open", "line": {number % 7}}}'
+_SENTENCES = (
+    "The river rises in the hills behind the town, where the rain of the winter months gathers in a chain of small lakes.",
+    "For two hundred years the people here have built mills along it: first for grain, then for wool, and at last for electric light.",
+    "When the railway came, most of the mills were closed, and the youngest families moved to the coast.",
+    "What remains is a quiet place with a bridge of five arches, a market on Thursdays and a school with ninety children.",
+    "The mayor, who is also the baker, says that nothing ever happens, and that this is why he would not live anywhere else.",
+)
 
 
-def extraction(number: int) -> str:
-    records = "\n".join(_record(number, place) for place in range(12))
-    return f"Repeat these lines exactly as they are, all of them, without a change:\n\n{records}"
+def correction(number: int) -> str:
+    """Another order of the sentences each time."""
+    first = number % len(_SENTENCES)
+    text = " ".join(_SENTENCES[first:] + _SENTENCES[:first])
+    return f"Correct the spelling of this text and return it:\n\n{text}"
 
 
 def code_edit(number: int) -> str:
@@ -34,9 +40,9 @@ def code_edit(number: int) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[int], str], float, str]] = {
-    "extraction, greedy": (extraction, 0.0, "≥ 1.5"),
+    "correction, greedy": (correction, 0.0, "≥ 1.5"),
     "code edit, greedy": (code_edit, 0.0, "≥ 1.5"),
-    "extraction, temperature 0.3": (extraction, 0.3, "≥ 1.5"),
+    "correction, temperature 0.3": (correction, 0.3, "≥ 1.5"),
     "stories, greedy": (story, 0.0, "≥ 0.97"),
     "stories, temperature 1": (story, 1.0, "≥ 0.97"),
 }
