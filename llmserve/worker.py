@@ -34,7 +34,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def enqueue_req(self, conn: Any) -> None:
         """Give it a thread, if its first request is here. Later ones are not looked at: it would cost a tenth of the cached answers."""
-        if self.cfg.is_ssl or conn.initialized or _has_come(conn.sock):  # what is enciphered cannot be looked at
+        if conn.initialized or self.cfg.is_ssl or _has_come(conn.sock):  # what is enciphered cannot be looked at
             conn.data_ready = True
             super().enqueue_req(conn)
         else:
