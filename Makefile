@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 PROGRAMS := .venv-programs
 # GCC 12 drops stores that AMX needs (its bug 114098); without them the library crashes on processors that have it.
-LLAMACPP_BUILD := CMAKE_ARGS="-DCMAKE_C_FLAGS=-fno-dse -DCMAKE_CXX_FLAGS=-fno-dse"
+LLAMACPP_BUILD := $(if $(findstring Linux,$(shell uname)),CMAKE_ARGS="-DCMAKE_C_FLAGS=-fno-dse -DCMAKE_CXX_FLAGS=-fno-dse")
 
 .PHONY: run test fast faults programs llamacpp lint cover bench bench-peers clean
 

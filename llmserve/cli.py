@@ -61,6 +61,6 @@ def _pull(settings: Config, options: argparse.Namespace) -> int:
         if name not in known:
             raise ConfigError(f"{name} is no configured model; there are {', '.join(spec.id for spec in settings.models)}.")
     for spec in specs:
-        path = sources.fetch(spec, Path(settings.server.cache_dir))
+        path = sources.fetch(spec, settings.server.cache_folder)
         print(f"{spec.id}: {path}")
     return 0

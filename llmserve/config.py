@@ -108,6 +108,12 @@ class ServerConfig:
     cache_dir: str = _option("", _string, "folder of downloaded and adapted models; empty is the user's cache folder")
     log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "least severe messages that are logged")
 
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or the one of the user (XDG Base Directory Specification)."""
+        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        return Path(self.cache_dir or Path(base) / "llmserve")
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -282,7 +288,4 @@ def _with_environment(config: Config, environ: Mapping[str, str]) -> Config:
         server = replace(server, api_keys=tuple(key.strip() for key in keys.split(",") if key.strip()))
     if folder := environ.get("LLMSERVE_CACHE_DIR"):
         server = replace(server, cache_dir=folder)
-    if not server.cache_dir:
-        base = environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        server = replace(server, cache_dir=str(Path(base) / "llmserve"))
     return replace(config, server=server)

@@ -23,10 +23,15 @@ _MOST_BYTES = 64 * 1024
 _SILENCE = 15
 """Seconds that a thread waits for the next byte of a request."""
 
+_PATIENCE = 60.0
+"""Seconds that a client has for its first request, from when it connects, as far as the kernel keeps the request."""
+
 _LINGER = 2.0
 """Seconds that a client has to close after us: what it sends later would reset the connection, and with it our last bytes (RFC 9112, 9.6)."""
 
-_FIELDS = re.compile(rb"\r\n(?:(expect):|content-length:[ \t]*([0-9]+))", re.IGNORECASE)
+_FIELDS = re.compile(rb"\r\n(?:(expect):|content-length:[ \t]*([0-9]{1,9}))", re.IGNORECASE)
+_NO_HTTP = re.compile(rb"[^A-Za-z\r\n]|.*?\n\r?\n", re.DOTALL)
+"""What begins as no request line does, as TLS, or ends its head with bare line feeds: a thread is to say so at once."""
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -34,11 +39,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def enqueue_req(self, conn: Any) -> None:
         """Give it a thread, if its first request is here. Later ones are not looked at: it would cost a tenth of the cached answers."""
-        if conn.initialized or self.cfg.is_ssl or _has_come(conn.sock):  # what is enciphered cannot be looked at
+        if conn.initialized or self.cfg.is_ssl:  # what is enciphered cannot be looked at
+            super().enqueue_req(conn)
+        elif _has_come(conn.sock):
             conn.data_ready = True
             super().enqueue_req(conn)
         else:
-            self._wait(conn, self.cfg.keepalive if self.alive else _LINGER, self.on_pending_socket_readable)
+            self._wait(conn, self.on_pending_socket_readable)
+            if conn.timeout is None:  # not anew with each byte
+                conn.timeout = time.monotonic() + (_PATIENCE if self.alive else _LINGER)
 
     def handle(self, conn: Any) -> Any:
         """A thread's work: answer a request. False: it was the last of this connection."""
@@ -51,7 +60,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Any, fs: Any) -> None:
         """What comes after it."""
         if getattr(conn, "closing", False):
-            self._wait(conn, _LINGER, self._drain)
+            self._wait(conn, self._drain)
+            conn.timeout = time.monotonic() + _LINGER
         else:
             super().finish_request(conn, fs)
 
@@ -67,9 +77,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         for conn in self.pending_conns:
             conn.timeout = min(conn.timeout, deadline)
 
-    def _wait(self, conn: Any, seconds: float, on_readable: Any) -> None:
+    def _wait(self, conn: Any, on_readable: Any) -> None:
         conn.sock.setblocking(False)
-        conn.timeout = time.monotonic() + seconds
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(on_readable, conn))
 
@@ -115,7 +124,7 @@ def _length(data: bytes) -> int:
     while that is unknown."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
-        return len(data) + bool(data)
+        return len(data) + (bool(data) and not _NO_HTTP.match(data))
     fields = _FIELDS.findall(data, 0, end)
     expects = any(expect for expect, _ in fields)  # to be told to go on before it sends the rest
     return end + 4 + (0 if expects else sum(int(length) for _, length in fields))

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from llmserve import config
-from llmserve.config import Config, ModelSpec
+from llmserve.config import Config, ModelSpec, ServerConfig
 from llmserve.errors import ConfigError
 
 
@@ -103,3 +105,9 @@ def test_beyond_loopback_a_key_or_a_clear_word_is_needed(tmp_path, bind):
 def test_a_bad_address_is_refused(bind):
     with pytest.raises(ConfigError, match=r"HOST:PORT"):
         config.split_bind(bind)
+
+
+def test_files_go_into_the_users_cache_folder_unless_another_one_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ServerConfig().cache_folder == tmp_path / "llmserve"
+    assert ServerConfig(cache_dir="elsewhere").cache_folder == Path("elsewhere")

@@ -3,7 +3,7 @@
 Each round evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
 long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two rounds.
 
-An answer does not depend, to the last bit, on what else is evaluated beside it. The library rounds differently in pieces of
+An answer that is not drafted does not depend, to the last bit, on what else is evaluated beside it. The library rounds differently in pieces of
 different lengths: so prompts are cut at the same places whatever there is room for (the backend's grid), and a pass has
 pieces of one length only.
 
@@ -107,6 +107,7 @@ class BatchEngine(Engine):
         self._num_read = 0  # prompt tokens
         self._pass_cost = PassCost()
         self._thread: threading.Thread | None = None  # guarded by _condition; while there is something to do
+        self._freeing = threading.Lock()
 
     def close(self, error: APIError | None = None) -> None:
         super().close(error)
@@ -114,7 +115,8 @@ class BatchEngine(Engine):
             thread = self._thread
         if thread is not None:
             thread.join()
-        self._backend.close()
+        with self._freeing:  # not twice: an unload and the end of the server may come together
+            self._backend.close()
 
     def _dispatch(self) -> None:
         """See that there is a thread, which takes jobs by itself. Caller holds the lock.
@@ -123,13 +125,19 @@ class BatchEngine(Engine):
         would outnumber the cores, and then wait for each other in the kernel, which takes twice as long.
         """
         if self._thread is None and self._waiting:
-            self._thread = threading.Thread(target=self._serve, name="llmserve-batch", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, name="llmserve-batch", daemon=True)
+            thread.start()  # raises where the system has none left
+            self._thread = thread
 
     def _serve(self) -> None:
-        with self._budget.share():
-            while self._advance() or self._has_more():
-                pass
+        try:
+            with self._budget.share():
+                while self._advance() or self._has_more():
+                    pass
+        finally:  # whatever ends it, the next request is to have another
+            with self._condition:
+                if self._thread is threading.current_thread():
+                    self._thread = None
 
     def _has_more(self) -> bool:
         """Whether somebody waits; if not, the thread is over."""
@@ -143,9 +151,9 @@ class BatchEngine(Engine):
         """One round for everybody; whether there was anything to do."""
         try:
             self._dismiss()
+            self._follow_all()  # before a lane that others wait for is given away
             self._admit()
-            for lane in self._lanes:
-                self._follow(lane)
+            self._follow_all()
             batches = self._plan()
             for batch in batches:
                 self._pass(batch)
@@ -183,30 +191,30 @@ class BatchEngine(Engine):
         """Put a choice into one of the free lanes, with as much of its prompt as that one holds or another one promises."""
         prompt_ids = choice.job.prompt_ids
         scored = choice.job.params.prompt_logprobs and choice.index == 0  # by a pass over all of it
-        shared = {lane.number: 0 if scored else self._num_shared(lane, prompt_ids) for lane in self._lanes}
+        grid = self._backend.grid
+        shared = {lane.number: 0 if scored else self._num_shared(*lane.promised(grid), prompt_ids) for lane in self._lanes}
         lane = max(free, key=lambda lane: (gain(shared[lane.number], len(lane.token_ids)), -lane.last_used))
         for other in self._lanes:
             if other.leader is lane:
                 other.leader = None
         num_kept = shared.pop(lane.number)
         self._truncate(lane, num_kept)
-        lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
-        lane.due = self._num_read + len(lane.pending)
         lane.sequence = self._sequence(choice.job, choice.index)
         lane.scorer = self._prompt_scorer(choice.job) if scored else None
+        lane.choice, lane.reading, lane.pending = choice, True, prompt_ids[num_kept:]
+        lane.due = self._num_read + len(lane.pending)
         best = max(shared, key=shared.__getitem__, default=lane.number)
         if shared.get(best, 0) >= num_kept + self._least_shared():
             lane.leader, lane.num_shared = self._lanes[best], shared[best]
         self._note_cached(lane)
         return lane
 
-    def _num_shared(self, lane: _Lane, prompt_ids: list[int]) -> int:
-        """Tokens of the prompt that need not be evaluated, thanks to the lane: never all, for the last one gives the scores."""
+    def _num_shared(self, held: list[int], num_on_grid: int, prompt_ids: list[int]) -> int:
+        """Tokens of the prompt that need not be evaluated, thanks to a lane that holds those: never all, for the last one gives the scores."""
         if not self._settings.prefix_cache:
             return 0
         grid = self._backend.grid
-        promised, num_on_grid = lane.promised(grid)
-        num_common = min(common_prefix_length(promised, prompt_ids), len(prompt_ids) - 1)
+        num_common = min(common_prefix_length(held, prompt_ids), len(prompt_ids) - 1)
         num_shared = num_reusable(num_common, num_on_grid, len(prompt_ids), grid)
         if num_common <= num_on_grid:
             return num_shared // grid * grid  # a piece that begins elsewhere is another one
@@ -220,16 +228,19 @@ class BatchEngine(Engine):
             return _LEAST_SHARED_AT_FIRST
         return max(1, math.ceil(self.info.kv_cache_bytes / self.info.num_slots / _COPY_RATE / seconds))
 
+    def _follow_all(self) -> None:
+        for lane in self._lanes:
+            self._follow(lane)
+
     def _follow(self, lane: _Lane) -> None:
         """Take what the leader has by now, if that is all there is to wait for."""
         leader = lane.leader
         if leader is None or lane.choice is None:
             return
-        if leader.choice is None:  # it holds what it holds
-            lane.num_shared = self._num_shared(leader, lane.choice.job.prompt_ids)
-        if len(leader.token_ids) < lane.num_shared:
+        if leader.choice is not None and len(leader.token_ids) < lane.num_shared:
             return
         lane.leader = None
+        lane.num_shared = self._num_shared(leader.token_ids, leader.num_on_grid, lane.choice.job.prompt_ids)
         if lane.num_shared >= len(lane.token_ids) + self._least_shared():
             prompt_ids = lane.choice.job.prompt_ids
             self._backend.copy(leader.number, lane.number)
@@ -339,7 +350,7 @@ class BatchEngine(Engine):
     def _take(self, lane: _Lane, index: int, piece: Piece) -> None:
         """Sample after the last token that is certain, and again after every drafted one that turns out to be what was sampled.
 
-        So an answer's distribution, and with a seed the answer itself, are what they are without drafts.
+        So an answer's distribution is what it is without drafts.
         """
         assert lane.choice is not None
         job, num_wrong = lane.choice.job, lane.num_drafted

@@ -164,6 +164,8 @@ class EngineChild:
         """A thread's work: begin what is kept within a grammar. To compile one may take long, and the beats must go on."""
         while True:
             message, generation = self._constrained.get()
+            if generation.closed:
+                continue
             self._channel.send(Busy(active=True))
             self._begin(message, generation)
             self._channel.send(Busy(active=False))

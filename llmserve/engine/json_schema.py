@@ -52,7 +52,12 @@ def _closed(schema: JSON, root: dict[str, JSON]) -> JSON:
     if isinstance(schema.get("properties"), dict) and _OPEN.isdisjoint(schema) and all(name in named for name in required):
         closed["additionalProperties"] = False
     objects = _objects(schema.get("oneOf"), root)
-    if objects and len(objects) == len(schema["oneOf"]) and _differ(objects):
+    if (
+        objects
+        and len(objects) == len(schema["oneOf"])
+        and _differ(objects)
+        and all(each.get("type") == "object" for each in objects)
+    ):
         closed["anyOf"] = closed.pop("oneOf")
     return closed
 

@@ -20,10 +20,7 @@ class Loader:
     """Opens the models of one server; they share its compute budget. Thread-safe."""
 
     def __init__(self, server: ServerConfig) -> None:
-        """Raises ValueError for a configuration that `config.load` has not settled: its files would go into the working folder."""
-        if not server.cache_dir:
-            raise ValueError("no cache folder is set")
-        self._cache_dir = Path(server.cache_dir)
+        self._cache_dir = server.cache_folder
         self._budget = ComputeBudget(server.cores or _num_cores())
 
     def prepare(self, spec: ModelSpec) -> ProcessModel | ThreadModel:

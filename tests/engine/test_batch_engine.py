@@ -217,6 +217,17 @@ def test_prompts_that_come_together_are_read_once_where_they_are_alike(engine_of
     assert sorted(events_of(generation)[-1].num_cached_tokens for generation in generations) == [0, 99, 99, 99]
 
 
+def test_a_prompt_is_read_once_also_if_its_answers_end_at_once(engine_of):
+    backend = FakeBatchBackend(num_sequences=2)
+    brake = Brake(backend)
+    engine = engine_of(backend)
+    common = list(range(100))
+    generations = [submit(engine, [*common, number], max_tokens=1) for number in range(6)]
+    brake.release()
+    assert [text_of(generation) for generation in generations] == [answer([*common, number], 1) for number in range(6)]
+    assert sum(num_tokens for pieces in backend.passes for _, _, num_tokens in pieces) == 99 + 6 * 2
+
+
 def test_who_waits_for_a_prompt_that_is_given_up_reads_the_rest_itself(engine_of):
     backend = FakeBatchBackend()
     brake = Brake(backend)

@@ -1,5 +1,4 @@
 import threading
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -159,7 +158,7 @@ def test_tokens_spell_the_text_they_were_made_of(text):
 
 @pytest.mark.slow
 def test_the_default_models_tokens_are_those_of_llama_cpp():
-    path = sources.fetch(config.DEFAULT_MODEL, Path(config.load().server.cache_dir))
+    path = sources.fetch(config.DEFAULT_MODEL, config.load().server.cache_folder)
     tokenizer = BPETokenizer.from_gguf(gguf.read(path).metadata)
     assert tokenizer.eos_token_ids == {0, 2}
     assert tokenizer.encode([Control("<|im_start|>"), Text("user\nHi")]) == [1, 4093, 198, 26843]

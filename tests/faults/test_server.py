@@ -26,6 +26,7 @@ GARBAGE = {
     "two lengths": HEAD.encode() + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\n{}",
     "a negative length": HEAD.encode() + b"Content-Length: -5\r\n\r\n{}",
     "a broken chunk": HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+    "a length of 5,000 digits": HEAD.encode() + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n{}",
     "half a body": HEAD.encode() + b"Content-Length: 100\r\n\r\n{",
     "TLS": bytes.fromhex("16030100c8010000c40303"),
 }
@@ -197,7 +198,7 @@ def test_a_full_disk(tmp_path, note, when):
                 file.write(bytes(65536))
                 file.flush()
         status, body = harness.post(server.port, f"/v1/models/{VICTIM}?action=load")
-        reason = body["error"]["message"].replace(str(tmp_path), "").replace(tempfile.gettempdir(), "…")
+        reason = body["error"]["message"].partition(": '")[0]
         assert (status, body["error"]["code"]) == (503, "model_load_failed")
         assert ask(server.port, TINY) == "200"
         recovered = None
