@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import deque
 from collections.abc import Sequence
 
 _MATCH = 3  # tokens that must be the same for what followed them to be guessed again
+_NUM_PLACES = 8
+"""Of one run of tokens that are remembered: of lines that begin alike, the text before them tells which one comes."""
 _LEVELS = (4, 8, 16, 32)
 """Tokens alike in a row that make a guess one of another kind: short matches are chance, long ones a copy."""
 _ACCURACIES_AT_FIRST = (0.3, 0.45, 0.7, 0.85, 0.95)
 _LEARNING_RATE = 0.1  # of an accuracy
-_BEST_ACCURACY = 0.97
+_BEST_ACCURACY = 0.99
 _LONGEST_DRAFT = 24  # tokens
 
 _SLOPE_AT_FIRST = 1.0
@@ -34,12 +37,14 @@ class PromptLookup:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = list(token_ids)
-        self._followers: dict[tuple[int, ...], int] = {}  # the position behind each run of _MATCH tokens, where it last stood
+        self._followers: dict[tuple[int, ...], deque[int]] = {}  # the positions behind each run of _MATCH tokens, the last few
         for end in range(_MATCH, len(token_ids)):
-            self._followers[tuple(token_ids[end - _MATCH : end])] = end
+            self._note(end)
         self._accuracies = list(_ACCURACIES_AT_FIRST)
-        self._next = self._look_up()  # the position whose token is guessed to come next
-        self._num_alike = self._count_alike()
+        self._next: int | None = None  # the position whose token is guessed to come next
+        self._num_alike = 0  # tokens before it that stand at the end too, as far as that tells anything
+        self._look_up()
+        self._note(len(self._token_ids))
 
     @property
     def accuracy(self) -> float:
@@ -54,12 +59,11 @@ class PromptLookup:
             level = _level(self._num_alike)
             self._accuracies[level] += _LEARNING_RATE * (right - self._accuracies[level])
         self._token_ids.append(token_id)
-        found = self._look_up()
         if guessed is not None and right:
             self._next, self._num_alike = guessed + 1, self._num_alike + 1
         else:
-            self._next = found
-            self._num_alike = self._count_alike()
+            self._look_up()
+        self._note(len(self._token_ids))
 
     def draft(self, max_tokens: int) -> list[int]:
         """What should come next, `max_tokens` ids or none; a text that repeats itself is guessed to go on so."""
@@ -71,19 +75,19 @@ class PromptLookup:
             draft.append(draft[-period])
         return draft
 
-    def _look_up(self) -> int | None:
-        """The position behind the last tokens where they stood before, if they did; from now on they stand here."""
-        tail = tuple(self._token_ids[-_MATCH:])
-        found = self._followers.get(tail)
-        self._followers[tail] = len(self._token_ids)
-        return found
+    def _look_up(self) -> None:
+        """Find where the last tokens stood before: of several places the one where most of them did, and of such the last."""
+        places = self._followers.get(tuple(self._token_ids[-_MATCH:]), ())
+        self._num_alike, place = max(((self._count_alike(place), place) for place in places), default=(0, -1))
+        self._next = place if place >= 0 else None
 
-    def _count_alike(self) -> int:
-        """How many of the last tokens stand before the guessed one too, as far as that tells anything."""
-        if self._next is None:
-            return 0
+    def _note(self, end: int) -> None:
+        """From now on the tokens before this position stand there."""
+        self._followers.setdefault(tuple(self._token_ids[end - _MATCH : end]), deque(maxlen=_NUM_PLACES)).append(end)
+
+    def _count_alike(self, place: int) -> int:
         ids, count = self._token_ids, 0
-        while count < min(_LEVELS[-1], self._next) and ids[-1 - count] == ids[self._next - 1 - count]:
+        while count < min(_LEVELS[-1], place) and ids[-1 - count] == ids[place - 1 - count]:
             count += 1
         return count
 
@@ -116,11 +120,12 @@ class PassCost:
         return self._slope / (1 + self._slope)
 
     def draft_length(self, accuracy: float) -> int:
-        """How many guessed tokens, each right with `accuracy` if all before it are, make a pass yield more than it costs."""
+        """How many guessed tokens, each right with `accuracy` if all before it are, make passes yield most for what they cost."""
         accuracy = min(accuracy, _BEST_ACCURACY)
-        if accuracy <= self.share:
-            return 0
-        return min(_LONGEST_DRAFT, int(math.log(self.share) / math.log(accuracy)))
+        length, tokens, cost, likelihood = 0, 1.0, 1.0, accuracy  # tokens that a pass yields on average
+        while length < _LONGEST_DRAFT and (tokens + likelihood) * cost > tokens * (cost + self.share):
+            length, tokens, cost, likelihood = length + 1, tokens + likelihood, cost + self.share, likelihood * accuracy
+        return length
 
     def _fit(self) -> None:
         """Least squares of the relative errors, as soon as passes of two sizes are known."""

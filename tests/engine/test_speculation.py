@@ -28,6 +28,10 @@ def test_the_last_of_several_places_is_taken():
     assert PromptLookup([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3]).draft(1) == [5]
 
 
+def test_of_several_places_the_one_with_the_longest_beginning_is_taken():
+    assert PromptLookup([8, 1, 2, 3, 4, 9, 1, 2, 3, 5, 8, 1, 2, 3]).draft(1) == [4]
+
+
 def test_a_text_that_repeats_itself_goes_on_so():
     assert PromptLookup([7, 8, 1, 2, 3, 1, 2, 3]).draft(7) == [1, 2, 3, 1, 2, 3, 1]
 
@@ -90,6 +94,13 @@ def test_whatever_the_times_a_draft_has_a_length_within_bounds(seconds):
     assert min(lengths) == 0 and max(lengths) <= 24
 
 
-def test_longer_drafts_where_they_are_surer():
+def test_a_draft_has_the_length_that_yields_most_tokens_for_the_time():
     cost = learned(lambda tokens: 0.008 + 0.007 * tokens)
-    assert [cost.draft_length(accuracy) for accuracy in (0.3, 0.5, 0.8, 0.97)] == [0, 1, 3, 24]
+
+    def tokens_per_second(accuracy, length):
+        return sum(accuracy**number for number in range(length + 1)) / (0.008 + 0.007 * (length + 1))
+
+    accuracies = [0.3, 0.5, 0.8, 0.9, 0.95]
+    best = [max(range(25), key=lambda length: tokens_per_second(accuracy, length)) for accuracy in accuracies]
+    assert [cost.draft_length(accuracy) for accuracy in accuracies] == best == sorted(best)
+    assert best[0] == 0 and best[-1] > 4
