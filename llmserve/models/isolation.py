@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from llmserve.config import ModelSpec
-from llmserve.engine.channel import Open
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
-from llmserve.engine.process import EngineProcess, ProcessEnded
-from llmserve.engine.process_engine import ProcessEngine
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer, Tokenizer
 from llmserve.errors import ModelCrashed, ModelFileError
@@ -104,6 +101,11 @@ class ProcessModel:
         return _survive(self.model, self.cache_dir, partial(self._open, statistics))
 
     def _open(self, statistics: StatisticsCounter, model: Model) -> Engine:
+        # Imported when needed: a third of a megabyte.
+        from llmserve.engine.channel import Open
+        from llmserve.engine.process import EngineProcess, ProcessEnded
+        from llmserve.engine.process_engine import ProcessEngine
+
         message = Open((model, self.cache_dir), self.budget.cores, log.getEffectiveLevel())
         with ExitStack() as opened:
             process = opened.enter_context(closing(EngineProcess(model.spec.id, [*_CHILD, model.spec.id], message)))

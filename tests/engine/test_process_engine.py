@@ -57,6 +57,13 @@ def text_of(events):
     return "".join(event.text for event in events if isinstance(event, Delta))
 
 
+def slowed(backends):
+    """Backends that take a while for each pass, so that what is done to a long answer is done before its end."""
+    for backend in backends if isinstance(backends, list) else [backends]:
+        backend.on_forward = lambda: time.sleep(0.003)
+    return backends
+
+
 def is_free(budget):
     with budget._lock:
         return (budget._free, budget._num_sharers, len(budget._waiting), len(budget._leased)) == (budget.cores, 0, 0, 0)
@@ -116,7 +123,7 @@ def test_the_queue_is_the_servers(engine_of):
 @pytest.mark.parametrize("make_backends", MANY)
 def test_who_leaves_frees_the_slot(engine_of, make_backends):
     statistics = StatisticsCounter()
-    engine, _ = engine_of(make_backends(), statistics=statistics)
+    engine, _ = engine_of(slowed(make_backends()), statistics=statistics)
     generations = [submit(engine, max_tokens=200) for _ in range(4)]
     assert generations[0].read(0, TIMEOUT)
     for generation in generations[:3]:
@@ -145,10 +152,7 @@ def test_an_engine_that_fails_in_a_pass_says_so_and_goes_on(engine_of):
 @pytest.mark.parametrize("make_backends", MANY)
 def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backends):
     budget, deaths = ComputeBudget(2), []
-    backends = make_backends()
-    for backend in backends if isinstance(backends, list) else [backends]:
-        backend.on_forward = lambda: time.sleep(0.005)  # none of them ends before the crash
-    engine, process = engine_of(backends, budget=budget)
+    engine, process = engine_of(slowed(make_backends()), budget=budget)
     engine.on_death(deaths.append)
     generations = [submit(engine, max_tokens=250) for _ in range(5)]
     assert generations[0].read(0, TIMEOUT)
@@ -170,7 +174,7 @@ def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backe
 
 
 def test_who_started_it_hears_of_a_death_before_the_clients_do(engine_of):
-    engine, process = engine_of()
+    engine, process = engine_of(slowed([FakeBackend()]))
     generation = submit(engine, max_tokens=250)
     assert generation.read(0, TIMEOUT)
     finished = []
@@ -183,7 +187,7 @@ def test_who_started_it_hears_of_a_death_before_the_clients_do(engine_of):
 
 def test_close_ends_what_runs_and_tells_nobody_of_a_death(engine_of):
     budget, deaths = ComputeBudget(2), []
-    engine, _ = engine_of(budget=budget)
+    engine, _ = engine_of(slowed([FakeBackend(), FakeBackend()]), budget=budget)
     engine.on_death(deaths.append)
     generation = submit(engine, max_tokens=250)
     assert generation.read(0, TIMEOUT)
