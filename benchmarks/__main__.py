@@ -180,7 +180,9 @@ def isolation(rounds: int = 7) -> Iterator[Figure]:
             for num_streams in (1, 8):
                 ours, other = paired(rounds, lambda n, s=num_streams: (rate("process", s, n), rate("thread", s, n)))  # type: ignore[misc]
                 yield Figure(f"{num_streams} streams in a process, {engine}", "tokens/s", ours, other, "in threads", "≥ 0.97")
-            ours, other = paired(2 * rounds + 1, lambda n: (first("process", n), first("thread", n)))  # it varies by twice the limit
+            ours, other = paired(
+                2 * rounds + 1, lambda n: (first("process", n), first("thread", n))
+            )  # it varies by twice the limit
             added = [1000 * (process - thread) for process, thread in zip(ours, other, strict=True)]
             yield Figure(f"first token in a process, {engine}, more", "ms", added, [1.0], "one ms", "≤ 5")
         totals = []
