@@ -2,6 +2,15 @@
 
 import gc
 
+_MARKERS = {"e2e": ("slow",), "faults": ("slow", "faults"), "programs": ("slow", "programs")}
+"""Of all tests in a folder."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in _MARKERS.get(item.path.parent.name, ()):
+            item.add_marker(marker)
+
 
 def pytest_collection_finish():
     """Opening and closing a model collects garbage: without the hundred thousands of objects that are the tests themselves."""

@@ -220,8 +220,6 @@ def _struct(struct: type[Struct], structs: dict[str, JSON]) -> dict[str, JSON]:
 def _member(field: Field, structs: dict[str, JSON]) -> dict[str, JSON]:
     """A member that may be left out may be null as well."""
     schema = schema_of(field.parser, structs)
-    if field.passive:
-        schema = schema | {"description": "Checked, and changes nothing."}
     if field.default is ...:
         return schema
     schema = _or_null(schema)

@@ -29,7 +29,7 @@ from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, PromptScores
 from llmserve.engine.logprobs import PromptScorer
 from llmserve.engine.sequence import Sequence
-from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_reusable
+from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_reusable, round_up_to_grid
 from llmserve.engine.speculation import PassCost, PromptLookup
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
@@ -294,7 +294,7 @@ class BatchEngine(Engine):
             return [self._with_draft(decoding[0])]
         batches = {1: [(lane, 1) for lane in decoding]} if decoding else {}
         grid = self._backend.grid
-        chunk = math.ceil(self._settings.prefill_chunk / grid) * grid
+        chunk = round_up_to_grid(self._settings.prefill_chunk, grid)
         room = min(chunk * min(max(1, 1 + len(reading) - len(decoding)), MOST_CHUNKS), self._backend.batch_size)
         for lane in sorted(reading, key=self._due):
             if num_tokens := _piece_length(len(lane.token_ids), len(lane.pending), room, grid):

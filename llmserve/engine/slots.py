@@ -65,6 +65,10 @@ def num_reusable(num_common: int, num_on_grid: int, num_prompt_tokens: int, grid
     return num_on_grid
 
 
+def round_up_to_grid(num_tokens: int, grid: int) -> int:
+    return -(-num_tokens // grid) * grid
+
+
 def advance_grid(num_on_grid: int, position: int, end: int, grid: int) -> int:
     """How many leading positions are on the grid when those from `position` to `end` were evaluated in one go."""
     return max(position, end // grid * grid) if num_on_grid == position else num_on_grid

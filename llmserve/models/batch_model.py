@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+from llmserve.engine.slots import round_up_to_grid
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer
 from llmserve.engine.vocabulary import Vocabulary
@@ -65,8 +65,7 @@ class BatchModel:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
         settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
-        chunk = math.ceil(spec.prefill_chunk / LlamaCppBackend.grid) * LlamaCppBackend.grid
-        batch_size = max(MOST_CHUNKS * chunk, spec.slots)
+        batch_size = max(MOST_CHUNKS * round_up_to_grid(spec.prefill_chunk, LlamaCppBackend.grid), spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
         except RuntimeError as error:

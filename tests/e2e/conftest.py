@@ -17,12 +17,6 @@ ENGINES = [
 ]
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/e2e/" in str(item.path):
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session", params=ENGINES)
 def server(request, tmp_path_factory):
     """On each engine that is installed."""

@@ -32,13 +32,6 @@ signal.signal({int(HANG)}, lambda *_: ctypes.PyDLL(None).sleep(3600))
 """  # with the GIL held
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/faults/" in str(item.path):
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.faults)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def report():
     before = harness.cpu_times()

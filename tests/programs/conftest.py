@@ -22,13 +22,6 @@ README = Path(__file__).parents[2] / "README.md"
 README_URL = "http://localhost:8080"
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/programs/" in str(item.path):
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.programs)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def environment():
     if "SERVER_PYTHON" not in os.environ:
