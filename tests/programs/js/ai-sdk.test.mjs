@@ -44,6 +44,7 @@ for (const streams of [false, true]) {
     const steps = [];
     const calling = {
       ...options,
+      providerOptions: { llmserve: { parallel_tool_calls: false } }, // so small a model may go on calling until it is cut
       tools: { weather },
       maxOutputTokens: 100,
       prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" }),
