@@ -195,7 +195,7 @@ class LeasedBudget(ComputeBudget):
 
     def acquire(self, at_most: int) -> int:
         with self._lock:
-            if self._free and not self._waiting and not self._recalled:
+            if self._has_room and not self._waiting and not self._recalled:
                 return self._grant(at_most)
             ticket = Ticket(at_most)
             self._waiting.append(ticket)

@@ -21,7 +21,7 @@ class ComputeBudget:
     def __init__(self, cores: int) -> None:
         self.cores = cores
         self._lock = threading.Lock()
-        self._free = cores  # guarded by _lock
+        self._free = cores  # guarded by _lock; -1 while one pass more runs than there are cores
         self._num_sharers = 0  # guarded by _lock: who makes passes at present
         self._num_leases = 0  # guarded by _lock: passes running, and processes that have cores
         self._waiting: deque[_Waiting] = deque()  # guarded by _lock
@@ -47,7 +47,7 @@ class ComputeBudget:
     def acquire(self, at_most: int) -> int:
         """Wait for cores, FIFO, and take a fair part of them: the number of threads the pass may use. Pair with `release`."""
         with self._lock:
-            if self._free and not self._waiting:
+            if self._has_room and not self._waiting:
                 return self._grant(at_most)
             ticket = Ticket(at_most)
             self._wait(ticket)
@@ -79,19 +79,27 @@ class ComputeBudget:
 
     def _serve(self) -> None:
         """Give free cores to those who wait longest. Caller holds the lock."""
-        while self._free and self._waiting:
+        while self._has_room and self._waiting:
             waiting = self._waiting.popleft()
             waiting.grant(self._grant(waiting.at_most))
 
     def _recall_if_unfit(self) -> None:
         """Divide the cores anew if some are free that nobody is about to take. Caller holds the lock."""
-        if self._free and not self._waiting and self._num_sharers <= self._num_leases:
+        if self._free > 0 and not self._waiting and self._num_sharers <= self._num_leases:
             self._recall()
 
     def _recall(self) -> None:
         """Caller holds the lock."""
         for lease in self._leased:
             lease.recall()
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether a pass may begin: also one more than there are cores when all have one thread, and so do not spin.
+
+        A core then goes on with it at once when a pass has ended, and does not wait for a thread to wake. Caller holds the lock.
+        """
+        return self._free > 0 or (self._free == 0 and self._num_leases == self.cores > 1)
 
     def _grant(self, at_most: int) -> int:
         """Free cores divided by the sharers without a lease, so that all cores are used and nobody is left without."""
@@ -164,7 +172,7 @@ class Lease:
             budget = self._budget
             if self._closed:
                 return
-            if budget._free and not budget._waiting:
+            if budget._free > 0 and not budget._waiting:
                 self.grant(budget._grant(self.at_most))
             else:
                 budget._wait(self)

@@ -41,6 +41,7 @@ def test_more_passes_than_cores_wait_and_are_served_in_order():
     with budget.share(), budget.share(), budget.share(), budget.share():
         first, second = budget.acquire(budget.cores), budget.acquire(budget.cores)
         assert (first, second) == (1, 1)
+        assert budget.acquire(budget.cores) == 1  # one more than there are cores
         for number in range(3):
             start(budget, granted, number)
             wait_until(lambda n=number: len(budget._waiting) == n + 1)
@@ -52,19 +53,18 @@ def test_more_passes_than_cores_wait_and_are_served_in_order():
         wait_until(lambda: granted == [(0, 1), (1, 1), (2, 1)])
 
 
-def test_never_more_threads_than_cores_under_load():
-    budget, lock, running, most = ComputeBudget(3), threading.Lock(), 0, 0
+def test_threads_outnumber_the_cores_only_by_one_pass_of_one_thread_and_while_none_spins():
+    budget, lock, running, seen = ComputeBudget(3), threading.Lock(), [], set()
 
     def passes():
-        nonlocal running, most
         with budget.share():
             for _ in range(300):
                 threads = budget.acquire(budget.cores)
                 with lock:
-                    running += threads
-                    most = max(most, running)
+                    running.append(threads)
+                    seen.add(tuple(sorted(running)))
                 with lock:
-                    running -= threads
+                    running.remove(threads)
                 budget.release(threads)
 
     threads = [threading.Thread(target=passes) for _ in range(7)]
@@ -72,8 +72,18 @@ def test_never_more_threads_than_cores_under_load():
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert 0 < most <= 3
-    assert (running, budget._free, budget._num_sharers, budget._num_leases) == (0, 3, 0, 0)
+    assert all(sum(each) <= 3 or each == (1, 1, 1, 1) for each in seen)
+    assert (running, budget._free, budget._num_sharers, budget._num_leases) == ([], 3, 0, 0)
+
+
+def test_nothing_begins_beside_threads_that_spin():
+    budget, granted = ComputeBudget(4), []
+    with budget.share(), budget.share():
+        assert [budget.acquire(4), budget.acquire(4)] == [2, 2]
+        start(budget, granted, 0)
+        wait_until(lambda: len(budget._waiting) == 1)
+        budget.release(2)
+        wait_until(lambda: granted == [(0, 2)])
 
 
 def test_a_pass_that_wants_fewer_threads_leaves_the_cores_to_others():
