@@ -375,18 +375,18 @@ class _Reader:
     def strings(self, count: int) -> Strings:
         """A vocabulary has 10^5 of them, so nothing is checked in the loop but that each length lies within the data."""
         self.need(8 * count)
-        data, end, unpack = self.data, self.position, struct.Struct("<Q").unpack_from
-        starts, ends = array("Q"), array("Q")
+        data, begin, unpack = self.data, self.position, struct.Struct("<Q").unpack_from
+        starts, ends, end = array("I"), array("I"), begin  # MAX_HEADER_SIZE is within 32 bits
         for _ in range(count):
             if end + 8 > len(data):
                 break
             start = end + 8
             end = start + unpack(data, end)[0]
-            starts.append(start)
-            ends.append(min(end, self.size))
+            starts.append(start - begin)
+            ends.append(min(end, len(data)) - begin)
         self.position = end
         self.need(8 * (count - len(starts)))
-        return Strings(data, starts, ends)
+        return Strings(data[begin:end], starts, ends)  # the strings' own bytes, for `data` is most of it tensors
 
 
 def _pack_value(value: Value, value_type: ValueType) -> Iterator[bytes]:
