@@ -36,7 +36,7 @@ lint: $(MARK)-lint
 
 cover: $(MARK)-test
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage run -m pytest -m "not faults and not programs" --ignore tests/e2e
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

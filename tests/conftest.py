@@ -2,7 +2,7 @@
 
 import gc
 
-_MARKERS = {"e2e": ("slow",), "faults": ("slow", "faults"), "programs": ("slow", "programs")}
+_MARKERS = {"models": ("slow",), "e2e": ("slow",), "faults": ("slow", "faults"), "programs": ("slow", "programs")}
 """Of all tests in a folder."""
 
 

@@ -1,6 +1,7 @@
 """The layout is the architecture: an import points only to the right, and a library has one door."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,13 @@ DOORS = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
 def imports(path):
     """(module, names, line) of every import of a file, also those within functions and for type checking."""
+    return tuple(_imports(path))
+
+
+def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, (), node.lineno) for alias in node.names)

@@ -115,6 +115,7 @@ def ask(port, **parameters):
         connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [in_waitress, in_werkzeug])
 class TestUnderAnotherServer:
     def test_a_chat_is_answered(self, serve, run):

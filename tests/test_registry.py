@@ -276,6 +276,7 @@ def test_close_cuts_what_the_grace_period_does_not_suffice_for(registry_of):
         submit(registry, "a")
 
 
+@pytest.mark.slow
 def test_whatever_is_done_at_once_ends_with_every_request_answered(registry_of):
     """Requests, loads, unloads and reloads of two models from many threads, within a budget for one and a half."""
     loader = FakeLoader(memory_bytes=100)

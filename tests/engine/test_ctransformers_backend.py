@@ -16,6 +16,8 @@ from llmserve.models import adapt
 from tests import tiny_models
 from tests.tiny_models import CONTEXT_LENGTH
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "hello world",
     "  two  spaces ",

@@ -271,6 +271,7 @@ class TestRecovery:
 act = st.sampled_from(["submit", "submit", "submit", "cancel", "crash", "unload", "reload", "load", "wait"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_backends", MANY)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(act, min_size=3, max_size=14))

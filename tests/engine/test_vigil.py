@@ -12,6 +12,8 @@ from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil, Waits
 from llmserve.errors import EngineDied
 from tests.hanging_process import HANGS
 
+pytestmark = pytest.mark.slow
+
 HANGS_SAYS = "its process does not answer"
 
 

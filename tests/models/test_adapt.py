@@ -310,7 +310,6 @@ def assert_sane(results):
         assert (first, second) == (first_again, second_again)
 
 
-@pytest.mark.slow
 def test_the_library_runs_what_is_planned_and_adapted(tmp_path, cache_dir):
     files = [
         write_llama_spm(tmp_path / "spm.gguf"),
@@ -325,14 +324,12 @@ def test_the_library_runs_what_is_planned_and_adapted(tmp_path, cache_dir):
     assert_sane(evaluate(*(adapted(file, cache_dir) for file in files)))
 
 
-@pytest.mark.slow
 def test_the_library_runs_ggml_files_of_gpt2(tmp_path):
     path = write_ggml_gpt2(tmp_path / "gpt2.bin")
     assert path.stat().st_size < 2_000_000
     assert_sane(evaluate(path, model_type="gpt2", text="hello world"))
 
 
-@pytest.mark.slow
 def test_an_output_that_shares_the_embeddings_range_is_as_good_as_a_copy(tmp_path, cache_dir):
     tied = write_llama_bpe(tmp_path / "tied.gguf")
     embedding = next(t.data for t in GGUFReader(tied).tensors if t.name == "token_embd.weight")
@@ -341,7 +338,6 @@ def test_an_output_that_shares_the_embeddings_range_is_as_good_as_a_copy(tmp_pat
     assert first == second
 
 
-@pytest.mark.slow
 def test_the_library_ignores_what_is_refused_as_ignored(tmp_path):
     plain = write_llama_spm(tmp_path / "plain.gguf")
     ignored = {
@@ -358,7 +354,6 @@ def test_the_library_ignores_what_is_refused_as_ignored(tmp_path):
     assert results[0] != results[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -11,10 +11,7 @@ from llmserve.engine.generation import Delta, GenerationEnd, GenerationParams, S
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.models.loading import Loader, has_llamacpp
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_llamacpp(), reason="llama-cpp-python, the extra `llamacpp`, is not installed"),
-]
+pytestmark = pytest.mark.skipif(not has_llamacpp(), reason="llama-cpp-python, the extra `llamacpp`, is not installed")
 
 TEXT = """The river rises in the hills behind the town, where the rain of the winter months gathers in a chain of small lakes. \
 For two hundred years the people here have built mills along it: first for grain, then for wool, and at last for electric light. \

@@ -16,8 +16,6 @@ from tests import families
 from tests.api.test_tools import assembled
 from tests.e2e.conftest import ENGINES
 
-pytestmark = pytest.mark.slow
-
 FAMILIES = ["QWEN", "LLAMA", "MISTRAL"]
 SCHEMAS = {
     "add": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"]},

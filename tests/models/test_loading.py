@@ -96,7 +96,6 @@ def test_a_model_answers_a_chat_as_the_library_alone_would(prepare, open_engine,
     assert text_of(generation) == bare_answer(prepare(**options[name]), engine, "hello world", 20) != ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(tiny_models.GGML_LAYOUTS.keys() - {"gpt2"}))
 def test_a_ggml_file_of_each_type_answers(open_engine, path, model_type):
     source = tiny_models.write_ggml(path, model_type)
@@ -215,7 +214,6 @@ def test_a_model_that_cannot_be_opened_leaves_nothing_behind(prepare, path, keys
     assert str(prepared.model.path) not in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.slow
 def test_a_prefill_chunk_beyond_the_librarys_buffers_is_cut(open_engine, path):
     source = tiny_models.write_llama_spm(path, keys={"llama.context_length": 4096})
     engine = open_engine(source=source, context_length=4096, prefill_chunk=4096)

@@ -102,7 +102,6 @@ def test_a_model_that_outgrows_the_librarys_buffers_late_in_its_context_is_refus
     assert "crashed with SIGSEGV (ggml_new_object: not enough space" in reason
 
 
-@pytest.mark.slow
 def test_every_broken_file_is_refused_with_a_reason(tmp_path, cache_dir):
     files = tiny_models.broken_files(tmp_path, write_llama_spm(tmp_path / "good.gguf"))
     del files["missing"], files["half"]  # the library takes what lies in memory behind half a file for weights

@@ -151,7 +151,6 @@ def test_a_full_disk_is_told_and_nothing_is_left(index, cache_dir):
     assert not files_in(cache_dir)
 
 
-@pytest.mark.slow
 def test_an_interrupted_download_leaves_nothing(cache_dir):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
@@ -164,7 +163,6 @@ def test_an_interrupted_download_leaves_nothing(cache_dir):
     assert not files_in(cache_dir)
 
 
-@pytest.mark.slow
 def test_two_processes_that_fetch_at_once_both_get_the_file(index, cache_dir):
     fetches = [start_fetch(spec(), cache_dir) for _ in range(2)]
     outputs = [fetch.communicate(timeout=60) for fetch in fetches]
@@ -279,7 +277,6 @@ def hub():
         thread.join()
 
 
-@pytest.mark.slow
 def test_a_file_of_the_hub_is_fetched(hub, cache_dir):
     model = spec("hf:owner/repository/folder/model.gguf")
     output, _ = start_fetch(model, cache_dir, HF_ENDPOINT=hub).communicate(timeout=60)
@@ -289,7 +286,6 @@ def test_a_file_of_the_hub_is_fetched(hub, cache_dir):
     assert sources.fetch(model, cache_dir) == Path(output.strip())
 
 
-@pytest.mark.slow
 def test_a_file_that_the_hub_does_not_have_is_told_in_its_words(hub, cache_dir):
     fetch = start_fetch(spec("hf:owner/repository/other.gguf"), cache_dir, HF_ENDPOINT=hub)
     _, errors = fetch.communicate(timeout=60)
@@ -297,7 +293,6 @@ def test_a_file_that_the_hub_does_not_have_is_told_in_its_words(hub, cache_dir):
     assert not files_in(cache_dir)
 
 
-@pytest.mark.slow
 def test_a_hub_out_of_reach_is_told(cache_dir):
     fetch = start_fetch(spec("hf:owner/repository/model.gguf"), cache_dir, HF_HUB_OFFLINE="1")
     _, errors = fetch.communicate(timeout=60)
