@@ -17,7 +17,7 @@ from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.slot_engine import SlotEngine
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary
+from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary, text_by_text
 
 EOS, BOS, START, END = 256, 257, 258, 259
 CONTROLS = {"<eos>": EOS, "<bos>": BOS, "<start>": START, "<end>": END}
@@ -177,7 +177,7 @@ def byte_tokenizer() -> LibraryTokenizer:
         eos_token_ids=frozenset({EOS}),
         bos_token_id=BOS,
     )
-    return LibraryTokenizer(vocabulary, tokenize=list, tokenize_rest=list)
+    return LibraryTokenizer(vocabulary, text_by_text(list, list))
 
 
 def make_engine(

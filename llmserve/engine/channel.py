@@ -12,6 +12,7 @@ import threading
 from typing import Any, NamedTuple
 
 from llmserve.engine.generation import Event, GenerationParams
+from llmserve.engine.tokenizer import Place
 from llmserve.engine.vocabulary import Vocabulary
 
 _LENGTH = struct.Struct("!I")
@@ -58,16 +59,16 @@ class Published(NamedTuple):
 
 
 class Tokenize(NamedTuple):
-    """To the process: text for the library's own tokenizer. `continued`: it goes on after other text."""
+    """To the process: texts for the library's own tokenizer, all those of a prompt at once."""
 
     number: int
-    text: bytes
-    continued: bool
+    texts: list[bytes]
+    place: Place
 
 
 class Tokenized(NamedTuple):
     number: int
-    token_ids: list[int]
+    encoded: list[list[int]]
 
 
 class Acquire(NamedTuple):

@@ -177,9 +177,8 @@ class EngineChild:
 
     def _tokenize(self, tokenizer: LibraryTokenizer) -> None:
         while True:
-            number, text, continued = self._texts.get()
-            tokenize = tokenizer.tokenize_rest if continued else tokenizer.tokenize
-            self._channel.send(Tokenized(number, tokenize(text)))
+            number, texts, place = self._texts.get()
+            self._channel.send(Tokenized(number, tokenizer.tokenize(texts, place)))
 
 
 class LeasedBudget(ComputeBudget):

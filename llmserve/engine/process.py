@@ -22,6 +22,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from llmserve.engine.channel import Beat, Busy, Channel, Logged, Open, Opened, Refused, Tokenize, Tokenized
+from llmserve.engine.tokenizer import Place
 from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import EngineDied, ModelFileError
@@ -69,7 +70,7 @@ class EngineProcess:
         self._closing = False  # guarded by _lock
         self._death: EngineDied | None = None  # guarded by _lock
         self._owner: Owner | None = None  # guarded by _lock
-        self._calls: dict[int, queue.SimpleQueue[list[int] | None]] = {}  # guarded by _lock
+        self._calls: dict[int, queue.SimpleQueue[list[list[int]] | None]] = {}  # guarded by _lock
         self._numbers = count()
         self._outcome: queue.SimpleQueue[Opened | ModelFileError | ProcessEnded] = queue.SimpleQueue()
         self._vigil = Vigil()
@@ -100,20 +101,20 @@ class EngineProcess:
         """Never waits. Does nothing once the process is gone."""
         self._channel.send(message)
 
-    def tokenize(self, text: bytes, *, continued: bool = False) -> list[int]:
+    def tokenize(self, texts: Sequence[bytes], place: Place) -> list[list[int]]:
         """Have the library of the process do it. Raises EngineDied."""
-        answer: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        answer: queue.SimpleQueue[list[list[int]] | None] = queue.SimpleQueue()
         number = next(self._numbers)
         with self._lock:
             if self._death is not None:
                 raise _copy(self._death)
             self._calls[number] = answer
-        self.send(Tokenize(number, text, continued))
-        token_ids = answer.get()
-        if token_ids is None:
+        self.send(Tokenize(number, list(texts), place))
+        encoded = answer.get()
+        if encoded is None:
             assert self._death is not None
             raise _copy(self._death)
-        return token_ids
+        return encoded
 
     def close(self) -> None:
         """Kill it, and return when it is gone with all its memory. Idempotent."""
@@ -190,10 +191,10 @@ class EngineProcess:
                 pass
             case Logged(name, level, text):
                 logging.getLogger(name).log(level, "%s", text)
-            case Tokenized(number, token_ids):
+            case Tokenized(number, encoded):
                 with self._lock:
                     answer = self._calls.pop(number)
-                answer.put(token_ids)
+                answer.put(encoded)
             case Busy(active):
                 self._vigil.expect(LONG_SILENCE if active else SILENCE)
             case Opened():

@@ -16,7 +16,7 @@ from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 from llmserve.engine.slots import round_up_to_grid
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import LibraryTokenizer
+from llmserve.engine.tokenizer import LibraryTokenizer, text_by_text
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
 from llmserve.models import embed_model, probe
@@ -149,4 +149,4 @@ def make_tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokeniz
         bos_token_id=backend.bos_token_id,
         add_bos=backend.add_bos,
     )
-    return LibraryTokenizer(vocabulary, backend.tokenize, backend.tokenize)
+    return LibraryTokenizer(vocabulary, text_by_text(backend.tokenize, backend.tokenize))

@@ -117,7 +117,7 @@ class ProcessModel:
                 reason = str(error).replace(str(model.path), model.path.name)
                 raise kind(f"{model.path.name} cannot be loaded: {reason}.") from None
             if vocabulary is not None:
-                tokenizer: Tokenizer = LibraryTokenizer(vocabulary, process.tokenize, partial(process.tokenize, continued=True))
+                tokenizer: Tokenizer = LibraryTokenizer(vocabulary, process.tokenize)
             else:
                 assert own_tokenizer is not None
                 tokenizer = own_tokenizer
