@@ -28,9 +28,10 @@ class Open(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """From the process. `vocabulary` is for a server that has `Tokenize` answered, else None."""
+    """From the process. `vocabulary` is for a server that has `Tokenize` answered, `dimensions` of a model that makes vectors; else None."""
 
     vocabulary: Vocabulary | None
+    dimensions: int | None = None
 
 
 class Refused(NamedTuple):
@@ -43,6 +44,11 @@ class Submit(NamedTuple):
     number: int
     prompt_ids: list[int]
     params: GenerationParams
+
+
+class Embed(NamedTuple):
+    number: int
+    texts: list[list[int]]
 
 
 class Cancel(NamedTuple):

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 from llmserve.engine.channel import Beat, Busy, Channel, Logged, Open, Opened, Refused, Tokenize, Tokenized
 from llmserve.engine.tokenizer import Place
 from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil
-from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import EngineDied, ModelFileError
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class EngineProcess:
         self._thread = threading.Thread(target=self._live, args=(command, theirs), name=f"llmserve-engine-{name}", daemon=True)
         self._thread.start()
 
-    def opened(self) -> Vocabulary | None:
+    def opened(self) -> Opened:
         """Wait until the model is open; what the process says of it. Raises ModelFileError when it refuses, and ProcessEnded."""
         try:
             outcome = self._outcome.get(timeout=_OPEN_TIMEOUT)
@@ -87,7 +86,7 @@ class EngineProcess:
             raise ProcessEnded(f"it took longer than {_OPEN_TIMEOUT:g} s", crashed=False) from None
         if not isinstance(outcome, Opened):
             raise outcome
-        return outcome.vocabulary
+        return outcome
 
     def attach(self, owner: Owner) -> None:
         """Say from now on who is told what happens."""

@@ -26,6 +26,7 @@ class Place(StrEnum):
 
     FIRST = "first"  # by itself, or behind a control token
     REST = "rest"  # behind other text
+    WHOLE = "whole"  # it is all there is, and gets the tokens around it that the model was trained with
 
 
 TokenizeText = Callable[[bytes], list[int]]
@@ -284,9 +285,9 @@ def _pair(merge: str) -> tuple[str, str]:
 # Libraries' own tokenizers.
 
 
-def text_by_text(tokenize: TokenizeText, tokenize_rest: TokenizeText) -> Tokenize:
+def text_by_text(tokenize: TokenizeText, tokenize_rest: TokenizeText, tokenize_whole: TokenizeText | None = None) -> Tokenize:
     """A library of this process, which one thread at a time calls."""
-    at_place = {Place.FIRST: tokenize, Place.REST: tokenize_rest}
+    at_place = {Place.FIRST: tokenize, Place.REST: tokenize_rest, Place.WHOLE: tokenize_whole or tokenize}
     lock = threading.Lock()
 
     def tokenize_all(texts: Sequence[bytes], place: Place) -> list[list[int]]:

@@ -35,9 +35,10 @@ def open_model(tmp_path):
 
 def vectors(engine, texts):
     """One row each, of length 1."""
-    events = list(engine.embed([engine.encode(text) for text in texts]).events(30))
+    encoded = engine.vectors.encode(texts)
+    events = list(engine.embed(encoded).events(30))
     assert isinstance(events[-1], GenerationEnd)
-    assert events[-1].num_prompt_tokens == sum(len(engine.encode(text)) for text in texts)
+    assert events[-1].num_prompt_tokens == sum(map(len, encoded))
     assert [event.choice for event in events[:-1]] == list(range(len(texts)))
     rows = np.array([np.frombuffer(event.vector, "<f4") for event in events if isinstance(event, Embedding)])
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
@@ -82,9 +83,9 @@ def test_poolings_differ(open_model, tmp_path):
 @llamacpp
 def test_an_embedding_model_is_known_by_its_file(open_model, tmp_path):
     models = [open_model(write_bert(tmp_path / f"{pooling}.gguf", pooling=pooling), "auto") for pooling in (1, 2)]
-    assert not any(model.generates for model in models)
-    assert models[0].encode("hello world")[0] == 2  # [CLS]
-    assert models[0].encode("hello world")[-1] == 3  # [SEP]
+    assert all(model.vectors.dimensions == 64 for model in models)
+    (token_ids,) = models[0].vectors.encode(["hello world"])
+    assert (token_ids[0], token_ids[-1]) == (2, 3)  # [CLS] and [SEP]
     mean, cls = (vectors(model, TEXTS) for model in models)
     assert np.abs(mean - cls).max() > 0.01
     np.testing.assert_array_equal(vectors(models[0], TEXTS[::-1]), mean[::-1])
