@@ -155,9 +155,7 @@ class ModelSpec:
         "auto", _one_of("auto", "mean", "last", "cls"), "how a text's vector is made of its tokens'; auto is as the file says"
     )
     reasoning: bool = _option(False, _boolean, "answers may begin with a <think> block, which is sent as `reasoning_content`")
-    isolation: str = _option(
-        "thread", _one_of("process", "thread"), "whether its engine has a process of its own; those that make vectors have none"
-    )
+    isolation: str = _option("thread", _one_of("process", "thread"), "whether its engine has a process of its own")
     load: str = _option("startup", _one_of("startup", "on_demand"), "when it is loaded")
 
     @property

@@ -105,7 +105,7 @@ class _Entry:
     failed_at: float = 0.0
     reloading: bool = False
     num_crashes: int = 0  # in a row: none of the engines that died had answered anything
-    tokens_before: int = 0  # output tokens of the model's answers before the engine was opened
+    tokens_before: int = 0  # of the model's answers, before the engine was opened
 
 
 class ModelRegistry:
@@ -305,7 +305,7 @@ class ModelRegistry:
     def _put(self, entry: _Entry, engine: Engine) -> None:
         """Give it to whoever asks for the model from now on. Caller holds the lock."""
         entry.engine, entry.state, entry.failure = engine, ModelState.READY, None
-        entry.tokens_before = entry.statistics.snapshot().output_tokens
+        entry.tokens_before = entry.statistics.snapshot().tokens
 
     def _lose(self, entry: _Entry, engine: Engine, error: APIError) -> None:
         """The engine died by itself, in a process of its own: load the model again, or give it up."""
@@ -314,7 +314,7 @@ class ModelRegistry:
             if self._closing is not None or entry.engine is not engine or entry.state is not ModelState.READY:
                 return  # it is being closed, and whoever does that goes on
             entry.num_crashes += 1
-            if entry.statistics.snapshot().output_tokens > entry.tokens_before:
+            if entry.statistics.snapshot().tokens > entry.tokens_before:
                 entry.num_crashes = 1
             entry.engine, entry.failure = None, error
             if entry.reloading:

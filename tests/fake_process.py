@@ -5,16 +5,17 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 from llmserve.config import ModelSpec
 from llmserve.engine.channel import Channel, Open, Opened
 from llmserve.engine.child import EngineChild
 from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.engine import EngineInfo, EngineSettings
+from llmserve.engine.engine import EngineSettings
 from llmserve.engine.process_engine import ProcessEngine
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineDied
-from tests.fakes import TEMPLATE, ChatTemplate, FakeBackend, FakeBatchBackend, byte_tokenizer, make_engine
+from tests.fakes import TEMPLATE, ChatTemplate, FakeBackend, byte_tokenizer, info_of, make_engine, vectors_of
 
 TIMEOUT = 10.0
 
@@ -59,9 +60,7 @@ class FakeProcess:
                 assert not thread.is_alive()
 
     def _open(self, message, budget):
-        many = isinstance(self._backends, FakeBatchBackend)
-        num_slots = self._backends.num_sequences if many else len(self._backends)
-        self.engine = make_engine(self._backends, budget=budget, max_waiting=num_slots)
+        self.engine = make_engine(self._backends, budget=budget, max_waiting=info_of(self._backends).num_slots)
         return self.engine
 
     def _live(self):
@@ -93,18 +92,16 @@ class FakeProcess:
 
 
 def make_process_engine(backends, *, budget=None, info=None, statistics=None, **settings):
-    many = isinstance(backends, FakeBatchBackend)
-    num_slots = backends.num_sequences if many else len(backends)
-    context_length = backends.context_length if many else backends[0].context_length
     process = FakeProcess(backends)
     engine = ProcessEngine(
-        info or EngineInfo("fake", "fake", "it is a test", context_length, num_slots, 1000, 100),
+        info or info_of(backends),
         process,
         byte_tokenizer(),
         ChatTemplate(TEMPLATE),
         budget or ComputeBudget(2),
         EngineSettings(**settings),
         statistics,
+        vectors=vectors_of(backends),
     )
     return engine, process
 
@@ -125,10 +122,9 @@ class FakeProcessLoader:
     memory_bytes = 1100
 
     def open(self, statistics: StatisticsCounter):
-        info = EngineInfo(str(len(self.engines)), "fake", "it is a test", 256, 2, 1100, 0)
-        engine, process = make_process_engine(
-            self._make_backends(), budget=self.budget, info=info, statistics=statistics, **self._settings
-        )
+        backends = self._make_backends()
+        info = replace(info_of(backends), identity=str(len(self.engines)), weights_bytes=1100, kv_cache_bytes=0)
+        engine, process = make_process_engine(backends, budget=self.budget, info=info, statistics=statistics, **self._settings)
         self.engines.append(engine)
         self.processes.append(process)
         return engine

@@ -14,10 +14,11 @@ from llmserve.engine.backend import Piece
 from llmserve.engine.batch_engine import BatchEngine
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.embedding_engine import EmbeddingEngine
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Vectors
 from llmserve.engine.slot_engine import SlotEngine
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary
+from llmserve.engine.tokenizer import LibraryTokenizer, Vocabulary, text_by_text
 
 EOS, BOS, START, END = 256, 257, 258, 259
 CONTROLS = {"<eos>": EOS, "<bos>": BOS, "<start>": START, "<end>": END}
@@ -160,6 +161,32 @@ class FakeBatchBackend:
         self.closed = True
 
 
+class FakeEmbedder:
+    """A text's vector is its length, its first token id, and 0."""
+
+    dimensions = 3
+
+    def __init__(self, context_length: int = 16) -> None:
+        self.context_length = context_length
+        self.texts: list[bytes] = []
+        self.closed = False
+        self.on_forward: Callable[[], None] = lambda: None
+
+    def embed(self, token_ids: Sequence[int], threads: int) -> np.ndarray:
+        assert not self.closed, "used after close"
+        assert 0 < len(token_ids) <= self.context_length, "beyond the context"
+        assert threads >= 1
+        self.texts.append(bytes(token_ids))
+        self.on_forward()
+        return np.array([len(token_ids), token_ids[0], 0], dtype=np.float32)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+Backends = Sequence[FakeBackend] | FakeBatchBackend | FakeEmbedder
+
+
 def scores_of(token_id: int) -> np.ndarray:
     """Scores of which `token_id` is the best, and draws at temperature 1 and more differ."""
     scores = np.zeros(VOCAB_SIZE, dtype=np.float32)
@@ -177,11 +204,28 @@ def byte_tokenizer() -> LibraryTokenizer:
         eos_token_ids=frozenset({EOS}),
         bos_token_id=BOS,
     )
-    return LibraryTokenizer(vocabulary, tokenize=list, tokenize_rest=list)
+    return LibraryTokenizer(vocabulary, text_by_text(list, list))
+
+
+def info_of(backends: Backends) -> EngineInfo:
+    match backends:
+        case FakeBatchBackend():
+            context_length, num_slots = backends.context_length, backends.num_sequences
+        case FakeEmbedder():
+            context_length, num_slots = backends.context_length, 1
+        case _:
+            context_length, num_slots = backends[0].context_length, len(backends)
+    return EngineInfo("fake", "fake", "it is a test", context_length, num_slots, 1000, 100 * num_slots)
+
+
+def vectors_of(backends: Backends) -> Vectors | None:
+    if isinstance(backends, FakeEmbedder):
+        return Vectors(backends.dimensions, lambda texts: [list(text.encode()) for text in texts])
+    return None
 
 
 def make_engine(
-    backends: Sequence[FakeBackend] | FakeBatchBackend,
+    backends: Backends,
     *,
     budget: ComputeBudget | None = None,
     statistics: StatisticsCounter | None = None,
@@ -189,15 +233,15 @@ def make_engine(
     template: str | None = TEMPLATE,
     **settings: object,
 ) -> Engine:
-    many = isinstance(backends, FakeBatchBackend)
-    context_length = backends.context_length if many else backends[0].context_length
-    num_slots = backends.num_sequences if many else len(backends)
-    return (BatchEngine if many else SlotEngine)(
-        info or EngineInfo("fake", "fake", "it is a test", context_length, num_slots, 1000, 100 * num_slots),
+    info, budget = info or info_of(backends), budget or ComputeBudget(2)
+    if (vectors := vectors_of(backends)) is not None:
+        return EmbeddingEngine(info, backends, byte_tokenizer(), vectors, budget, EngineSettings(**settings), statistics)
+    return (BatchEngine if isinstance(backends, FakeBatchBackend) else SlotEngine)(
+        info,
         backends,
         tokenizer=byte_tokenizer(),
         chat_template=ChatTemplate(template, control_texts=CONTROLS, special={"bos_token": "<bos>", "eos_token": "<eos>"}),
-        budget=budget or ComputeBudget(2),
+        budget=budget,
         settings=EngineSettings(**settings),
         statistics=statistics,
     )

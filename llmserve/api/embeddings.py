@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from copy import copy
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from llmserve.engine.generation import Embedding, Failed, Generation, Generation
 from llmserve.errors import InvalidParameter
 
 if TYPE_CHECKING:
-    from llmserve.engine.embedding_engine import EmbeddingEngine
-    from llmserve.engine.engine import Engine
+    from llmserve.engine.engine import Engine, Vectors
 
 _MAX_TEXTS = 2048
 _MAX_TOKENS = 300_000  # of all texts together
@@ -46,26 +45,27 @@ def create(ctx: Context, request: Request) -> Response:
     request.record.model = model_id
     watch = Watch(request.environ, request.received + server.request_timeout)
     with ctx.registry.use(model_id, watch) as engine:
-        embedding_engine = _embedding_engine(engine, model_id)
-        _check_dimensions(asked, embedding_engine.dimensions)
-        generation = embedding_engine.embed(_encode(embedding_engine, asked.input))
+        vectors = _vectors(engine, model_id)
+        _check_dimensions(asked, vectors.dimensions)
+        generation = engine.embed(_encode(engine, vectors, asked.input))
     try:
-        vectors, end = _read(generation, watch)
+        made, end = _read(generation, watch)
     finally:
         generation.close()
-    data = [{"object": "embedding", "index": index, "embedding": _write(vector, asked)} for index, vector in enumerate(vectors)]
+    data = [{"object": "embedding", "index": index, "embedding": _write(vector, asked)} for index, vector in enumerate(made)]
     usage = {"prompt_tokens": end.num_prompt_tokens, "total_tokens": end.num_prompt_tokens}
     return json_response({"object": "list", "data": data, "model": model_id, "usage": usage}, headers=ignored_header(ignored))
 
 
-def _embedding_engine(engine: Engine, model_id: str) -> EmbeddingEngine:
-    if engine.generates:
+def _vectors(engine: Engine, model_id: str) -> Vectors:
+    """Raises InvalidParameter for a model that makes text."""
+    if engine.vectors is None:
         raise InvalidParameter(
             f'The model `{model_id}` makes text. A [[models]] table with task = "embed" would make vectors of its file.',
             param="model",
             code="unsupported_value",
         )
-    return cast("EmbeddingEngine", engine)
+    return engine.vectors
 
 
 def _check_dimensions(asked: EmbeddingsRequest, most: int) -> None:
@@ -78,28 +78,24 @@ def _check_dimensions(asked: EmbeddingsRequest, most: int) -> None:
         )
 
 
-def _encode(engine: EmbeddingEngine, texts: tuple[str | tuple[int, ...], ...]) -> list[list[int]]:
+def _encode(engine: Engine, vectors: Vectors, texts: tuple[str | tuple[int, ...], ...]) -> list[list[int]]:
     """Token ids of each text. Raises InvalidParameter, and ContextLengthExceeded for one that is too long."""
-    encoded: list[list[int]] = []
-    for index, text in enumerate(texts):
-        path = f"input[{index}]" if len(texts) > 1 else "input"
-        encoded.append(_encode_one(engine, text, path))
-        if sum(map(len, encoded)) > _MAX_TOKENS:
-            raise InvalidParameter(f"The inputs have more than {_MAX_TOKENS} tokens together.", param="input")
+    paths = [f"input[{index}]" if len(texts) > 1 else "input" for index in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        if isinstance(text, str):
+            flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, path, "at least ")
+        else:
+            check_token_ids(text, engine.tokenizer.vocab_size, path)
+    strings = [text for text in texts if isinstance(text, str)]
+    of_strings = iter(vectors.encode(strings) if strings else [])
+    encoded = [next(of_strings) if isinstance(text, str) else list(text) for text in texts]
+    for path, token_ids in zip(paths, encoded, strict=True):
+        flow.check_length(len(token_ids), engine.context_length, path)
+        if not token_ids:
+            raise InvalidParameter(f"Invalid '{path}': the text has no token of this model.", param=path)
+    if sum(map(len, encoded)) > _MAX_TOKENS:
+        raise InvalidParameter(f"The inputs have more than {_MAX_TOKENS} tokens together.", param="input")
     return encoded
-
-
-def _encode_one(engine: EmbeddingEngine, text: str | tuple[int, ...], path: str) -> list[int]:
-    if isinstance(text, str):
-        flow.check_length(len(text) // engine.tokenizer.max_piece_size, engine.context_length, path, "at least ")
-        token_ids = engine.encode(text)
-    else:
-        token_ids = list(text)
-        check_token_ids(token_ids, engine.tokenizer.vocab_size, path)
-    flow.check_length(len(token_ids), engine.context_length, path)
-    if not token_ids:
-        raise InvalidParameter(f"Invalid '{path}': the text has no token of this model.", param=path)
-    return token_ids
 
 
 def _read(generation: Generation, watch: Watch) -> tuple[list[bytes], GenerationEnd]:

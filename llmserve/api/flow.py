@@ -218,7 +218,7 @@ class _Answers:
 
 def check_generates(engine: Engine) -> None:
     """Raises InvalidParameter for a model that makes vectors only."""
-    if not engine.generates:
+    if engine.vectors is not None:
         raise InvalidParameter(
             "This model makes embeddings, not text: it is for /v1/embeddings.", param="model", code="unsupported_value"
         )

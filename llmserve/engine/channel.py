@@ -12,6 +12,7 @@ import threading
 from typing import Any, NamedTuple
 
 from llmserve.engine.generation import Event, GenerationParams
+from llmserve.engine.tokenizer import Place
 from llmserve.engine.vocabulary import Vocabulary
 
 _LENGTH = struct.Struct("!I")
@@ -27,9 +28,10 @@ class Open(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """From the process. `vocabulary` is for a server that has `Tokenize` answered, else None."""
+    """From the process. `vocabulary` is for a server that has `Tokenize` answered, `dimensions` of a model that makes vectors; else None."""
 
     vocabulary: Vocabulary | None
+    dimensions: int | None = None
 
 
 class Refused(NamedTuple):
@@ -42,6 +44,11 @@ class Submit(NamedTuple):
     number: int
     prompt_ids: list[int]
     params: GenerationParams
+
+
+class Embed(NamedTuple):
+    number: int
+    texts: list[list[int]]
 
 
 class Cancel(NamedTuple):
@@ -58,16 +65,16 @@ class Published(NamedTuple):
 
 
 class Tokenize(NamedTuple):
-    """To the process: text for the library's own tokenizer. `continued`: it goes on after other text."""
+    """To the process: texts for the library's own tokenizer, all those of a prompt at once."""
 
     number: int
-    text: bytes
-    continued: bool
+    texts: list[bytes]
+    place: Place
 
 
 class Tokenized(NamedTuple):
     number: int
-    token_ids: list[int]
+    encoded: list[list[int]]
 
 
 class Acquire(NamedTuple):

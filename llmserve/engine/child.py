@@ -25,6 +25,7 @@ from llmserve.engine.channel import (
     Cancel,
     Channel,
     Cores,
+    Embed,
     Logged,
     Open,
     Opened,
@@ -105,7 +106,7 @@ class EngineChild:
 
     def _take(self, message: object) -> None:
         match message:
-            case Submit():
+            case Submit() | Embed():
                 self._submit(message)
             case Cancel(number):
                 if number in self._generations:
@@ -139,24 +140,27 @@ class EngineChild:
             return
         self._engine = engine
         _start("llmserve-compile", self._compile)
-        tokenizer = engine.tokenizer
+        tokenizer, vocabulary = engine.tokenizer, None
         if isinstance(tokenizer, LibraryTokenizer):
             _start("llmserve-tokenize", partial(self._tokenize, tokenizer))
-            self._channel.send(Opened(tokenizer.vocabulary))
-        else:
-            self._channel.send(Opened(None))
+            vocabulary = tokenizer.vocabulary
+        self._channel.send(Opened(vocabulary, engine.vectors.dimensions if engine.vectors is not None else None))
 
-    def _submit(self, message: Submit) -> None:
+    def _submit(self, message: Submit | Embed) -> None:
         generation = self._generations[message.number] = _Sent(partial(self._publish, message.number))
-        if message.params.grammar is None:
+        if isinstance(message, Embed) or message.params.grammar is None:
             self._begin(message, generation)
         else:
             self._constrained.put((message, generation))
 
-    def _begin(self, message: Submit, generation: Generation) -> None:
+    def _begin(self, message: Submit | Embed, generation: Generation) -> None:
         assert self._engine is not None
         try:
-            self._engine.submit(message.prompt_ids, message.params, generation)
+            match message:
+                case Submit(_, prompt_ids, params):
+                    self._engine.submit(prompt_ids, params, generation)
+                case Embed(_, texts):
+                    self._engine.embed(texts, generation)
         except APIError as error:
             generation.publish(Failed(error))
 
@@ -177,9 +181,8 @@ class EngineChild:
 
     def _tokenize(self, tokenizer: LibraryTokenizer) -> None:
         while True:
-            number, text, continued = self._texts.get()
-            tokenize = tokenizer.tokenize_rest if continued else tokenizer.tokenize
-            self._channel.send(Tokenized(number, tokenize(text)))
+            number, texts, place = self._texts.get()
+            self._channel.send(Tokenized(number, tokenizer.tokenize(texts, place)))
 
 
 class LeasedBudget(ComputeBudget):

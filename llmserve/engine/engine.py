@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget, Passes
@@ -67,9 +68,20 @@ class EngineSettings:
     prompt_lookup: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Of a model that makes vectors: how long they are, and what makes texts the token ids whose vectors they get."""
+
+    dimensions: int
+    encode: Callable[[Ids[str]], list[list[int]]]
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """A generation on its way through an engine. Times are of the engine's clock."""
+    """A generation on its way through an engine. Times are of the engine's clock.
+
+    With `texts`, whose ids together are the prompt's, it is one of vectors.
+    """
 
     prompt_ids: list[int]
     params: GenerationParams
@@ -83,6 +95,7 @@ class Job:
     num_drafted: int = 0
     num_accepted: int = 0  # of the drafted ones, because they were right
     abort: APIError | None = None  # set by close(); read by the engine's threads between two passes
+    texts: list[list[int]] = field(default_factory=list)
 
     @property
     def unwanted(self) -> bool:
@@ -102,9 +115,8 @@ class Job:
 
 
 class Engine(ABC):
-    """One loaded model with its tokenizer, chat template and slots. Thread-safe. `generates`: whether it makes text."""
+    """One loaded model with its tokenizer, chat template and slots. Thread-safe. `vectors`: what it makes instead of text."""
 
-    generates = True
     threads_linger = False  # as of Passes
 
     def __init__(
@@ -117,8 +129,10 @@ class Engine(ABC):
         settings: EngineSettings,
         statistics: StatisticsCounter | None,
         clock: Callable[[], float],
+        vectors: Vectors | None = None,
     ) -> None:
         self.info = info
+        self.vectors = vectors
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.context_length = info.context_length
@@ -160,10 +174,24 @@ class Engine(ABC):
 
         The prompt has at least one token, and prompt and `max_tokens` fit `context_length`: the caller has checked.
         """
+        if self.vectors is not None:
+            raise ValueError("this model makes vectors only")
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens do not fit {self.context_length}")
         constraint = None if params.grammar is None else self._constraints.get(params.grammar)
         job = Job(list(prompt_ids), params, generation or Generation(), submitted=self._clock(), constraint=constraint)
+        return self._enqueue(job)
+
+    def embed(self, texts: Ids[Ids[int]], generation: Generation | None = None) -> Generation:
+        """Queue texts for their vectors, each of 1 to `context_length` token ids: an `Embedding` for each, in order. Raises as
+        `submit` does.
+        """
+        if self.vectors is None:
+            raise ValueError("this model makes text only")
+        if not all(0 < len(token_ids) <= self.context_length for token_ids in texts):
+            raise ValueError(f"a text does not fit {self.context_length} tokens")
+        job = Job(list(chain.from_iterable(texts)), GenerationParams(0), generation or Generation(), submitted=self._clock())
+        job.texts = list(map(list, texts))
         return self._enqueue(job)
 
     def _enqueue(self, job: Job) -> Generation:

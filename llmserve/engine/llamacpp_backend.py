@@ -110,12 +110,15 @@ class LlamaCppBackend:
 
     def tokenize(self, text: bytes) -> list[int]:
         """Token ids of UTF-8 text, none of them control tokens', without BOS."""
+        return self._tokenize(text, add_special=False)
+
+    def _tokenize(self, text: bytes, *, add_special: bool) -> list[int]:
         size = len(text) + 16
         buffer = (ctypes.c_int32 * size)()
-        count = library.llama_tokenize(self._vocab, text, len(text), buffer, size, False, False)
+        count = library.llama_tokenize(self._vocab, text, len(text), buffer, size, add_special, False)
         if count < 0:
             buffer = (ctypes.c_int32 * -count)()
-            count = library.llama_tokenize(self._vocab, text, len(text), buffer, -count, False, False)
+            count = library.llama_tokenize(self._vocab, text, len(text), buffer, -count, add_special, False)
         return buffer[:count]
 
     def piece(self, token_id: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,9 @@ class LlamaCppEmbedder(LlamaCppBackend):
             raise RuntimeError("it does not say how a text's vector is made of its tokens': set `pooling`")
         self.dimensions = int(library.llama_model_n_embd_out(self._model))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text with the special tokens around it that the model was trained with."""
-        data = text.encode("utf-8", "replace")
-        size = len(data) + 16
-        buffer = (ctypes.c_int32 * size)()
-        count = library.llama_tokenize(self._vocab, data, len(data), buffer, size, True, False)
-        if count < 0:
-            buffer = (ctypes.c_int32 * -count)()
-            count = library.llama_tokenize(self._vocab, data, len(data), buffer, -count, True, False)
-        return buffer[:count]
+    def tokenize_whole(self, text: bytes) -> list[int]:
+        """Token ids of UTF-8 text with the special tokens around it that the model was trained with."""
+        return self._tokenize(text, add_special=True)
 
     def embed(self, token_ids: Sequence[int], threads: int) -> Vector:
         if self._text_memory:

@@ -22,8 +22,8 @@ from itertools import count
 from typing import Any, Protocol
 
 from llmserve.engine.channel import Beat, Busy, Channel, Logged, Open, Opened, Refused, Tokenize, Tokenized
+from llmserve.engine.tokenizer import Place
 from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil
-from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import EngineDied, ModelFileError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class EngineProcess:
         self._closing = False  # guarded by _lock
         self._death: EngineDied | None = None  # guarded by _lock
         self._owner: Owner | None = None  # guarded by _lock
-        self._calls: dict[int, queue.SimpleQueue[list[int] | None]] = {}  # guarded by _lock
+        self._calls: dict[int, queue.SimpleQueue[list[list[int]] | None]] = {}  # guarded by _lock
         self._numbers = count()
         self._outcome: queue.SimpleQueue[Opened | ModelFileError | ProcessEnded] = queue.SimpleQueue()
         self._vigil = Vigil()
@@ -78,7 +78,7 @@ class EngineProcess:
         self._thread = threading.Thread(target=self._live, args=(command, theirs), name=f"llmserve-engine-{name}", daemon=True)
         self._thread.start()
 
-    def opened(self) -> Vocabulary | None:
+    def opened(self) -> Opened:
         """Wait until the model is open; what the process says of it. Raises ModelFileError when it refuses, and ProcessEnded."""
         try:
             outcome = self._outcome.get(timeout=_OPEN_TIMEOUT)
@@ -86,7 +86,7 @@ class EngineProcess:
             raise ProcessEnded(f"it took longer than {_OPEN_TIMEOUT:g} s", crashed=False) from None
         if not isinstance(outcome, Opened):
             raise outcome
-        return outcome.vocabulary
+        return outcome
 
     def attach(self, owner: Owner) -> None:
         """Say from now on who is told what happens."""
@@ -100,20 +100,20 @@ class EngineProcess:
         """Never waits. Does nothing once the process is gone."""
         self._channel.send(message)
 
-    def tokenize(self, text: bytes, *, continued: bool = False) -> list[int]:
+    def tokenize(self, texts: Sequence[bytes], place: Place) -> list[list[int]]:
         """Have the library of the process do it. Raises EngineDied."""
-        answer: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        answer: queue.SimpleQueue[list[list[int]] | None] = queue.SimpleQueue()
         number = next(self._numbers)
         with self._lock:
             if self._death is not None:
                 raise _copy(self._death)
             self._calls[number] = answer
-        self.send(Tokenize(number, text, continued))
-        token_ids = answer.get()
-        if token_ids is None:
+        self.send(Tokenize(number, list(texts), place))
+        encoded = answer.get()
+        if encoded is None:
             assert self._death is not None
             raise _copy(self._death)
-        return token_ids
+        return encoded
 
     def close(self) -> None:
         """Kill it, and return when it is gone with all its memory. Idempotent."""
@@ -190,10 +190,10 @@ class EngineProcess:
                 pass
             case Logged(name, level, text):
                 logging.getLogger(name).log(level, "%s", text)
-            case Tokenized(number, token_ids):
+            case Tokenized(number, encoded):
                 with self._lock:
                     answer = self._calls.pop(number)
-                answer.put(token_ids)
+                answer.put(encoded)
             case Busy(active):
                 self._vigil.expect(LONG_SILENCE if active else SILENCE)
             case Opened():

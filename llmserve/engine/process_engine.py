@@ -12,10 +12,10 @@ from copy import copy
 from itertools import count
 from typing import Any
 
-from llmserve.engine.channel import Acquire, Cancel, Cores, Published, Recall, Return, Submit
+from llmserve.engine.channel import Acquire, Cancel, Cores, Embed, Published, Recall, Return, Submit
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job, Vectors
 from llmserve.engine.generation import ChoiceEnd, Event, Failed, GenerationEnd
 from llmserve.engine.process import EngineProcess
 from llmserve.engine.statistics import StatisticsCounter
@@ -36,8 +36,9 @@ class ProcessEngine(Engine):
         settings: EngineSettings,
         statistics: StatisticsCounter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        vectors: Vectors | None = None,
     ) -> None:
-        super().__init__(info, info.num_slots, tokenizer, chat_template, budget, settings, statistics, clock)
+        super().__init__(info, info.num_slots, tokenizer, chat_template, budget, settings, statistics, clock, vectors)
         self._process = process
         self._lease = budget.lease(lambda threads: process.send(Cores(threads)), lambda: process.send(Recall()))
         self._numbers = count()
@@ -95,8 +96,11 @@ class ProcessEngine(Engine):
             job = self._begin()
             number = next(self._numbers)
             self._jobs[number] = job
-            self._process.send(Submit(number, job.prompt_ids, job.params))
+            self._process.send(self._message(number, job))
         self._lease.share(active=bool(self._running))
+
+    def _message(self, number: int, job: Job) -> Submit | Embed:
+        return Submit(number, job.prompt_ids, job.params) if self.vectors is None else Embed(number, job.texts)
 
     def _take(self, number: int, event: Event) -> None:
         with self._condition:

@@ -24,6 +24,11 @@ class Statistics(NamedTuple):
     load_seconds: float = 0.0
     last_used: float | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Those of prompts and of answers."""
+        return self.prompt_tokens + self.output_tokens
+
 
 class StatisticsCounter:
     """Thread-safe."""

@@ -8,19 +8,32 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Protocol
 
-from llmserve.engine.chat_template import Control, Literals, Segment
+from llmserve.engine.chat_template import Control, Literals, Segment, Text
 from llmserve.engine.vocabulary import Metadata, Vocabulary, strings, token_texts
 from llmserve.errors import ModelFileError
 
 if TYPE_CHECKING:
     import tokenizers
 
-Tokenize = Callable[[bytes], list[int]]
+
+class Place(StrEnum):
+    """Where a text stands that a library tokenizes."""
+
+    FIRST = "first"  # by itself, or behind a control token
+    REST = "rest"  # behind other text
+    WHOLE = "whole"  # it is all there is, and gets the tokens around it that the model was trained with
+
+
+TokenizeText = Callable[[bytes], list[int]]
 """A library's tokenizer: token ids, without BOS, of UTF-8 that is not empty and holds no NUL."""
+
+Tokenize = Callable[[Sequence[bytes], Place], list[list[int]]]
+"""The same for several texts at the same place, for one call may be a way to another process and back. Thread-safe."""
 
 
 class Tokenizer(Protocol):
@@ -98,7 +111,13 @@ class BPETokenizer:
         return tokenizer
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
-        return _encode(self, segments)
+        token_ids: list[int] = []
+        for segment in segments:
+            if isinstance(segment, Control):
+                token_ids.append(self.control_texts[segment.text])
+            else:
+                token_ids += self.encode_text(segment.text)
+        return _with_bos(self, token_ids)
 
     def encode_text(self, text: str) -> list[int]:
         # Never a batch call: those start a pool of threads, which does not survive a fork.
@@ -109,16 +128,15 @@ class BPETokenizer:
 
 
 class LibraryTokenizer:
-    """The tokenizer inside of a backend's library. Thread-safe: one thread at a time calls the library.
+    """The tokenizer inside of a backend's library, which is called once for all texts of a prompt. Thread-safe.
 
     NUL is read as U+FFFD, since the library's strings end there.
     """
 
-    def __init__(self, vocabulary: Vocabulary, tokenize: Tokenize, tokenize_rest: Tokenize) -> None:
-        """`tokenize_rest` is for text that goes on after other text. Both are the bare library's: `encode` is for everybody else."""
+    def __init__(self, vocabulary: Vocabulary, tokenize: Tokenize) -> None:
+        """`tokenize` is the bare library's: `encode` is for everybody else."""
         self.vocabulary = vocabulary
-        self.tokenize = tokenize  # guarded by _lock
-        self.tokenize_rest = tokenize_rest  # guarded by _lock
+        self.tokenize = tokenize
         self.vocab_size = len(vocabulary.pieces)
         self.bos_token_id = vocabulary.bos_token_id
         self.add_bos = vocabulary.add_bos
@@ -130,10 +148,9 @@ class LibraryTokenizer:
         self._controls = Literals(vocabulary.control_texts)
         self._user_texts = vocabulary.user_texts
         self._users = Literals(vocabulary.user_texts)
-        self._lock = threading.Lock()
 
     @classmethod
-    def from_gguf(cls, metadata: Metadata, tokenize: Tokenize) -> LibraryTokenizer:
+    def from_gguf(cls, metadata: Metadata, tokenize: TokenizeText) -> LibraryTokenizer:
         """For a file whose tokenizer.ggml.model is "llama": SentencePiece, where the library puts a space before each text.
 
         Raises ModelFileError.
@@ -141,53 +158,59 @@ class LibraryTokenizer:
         tokenize_rest = _without_space(tokenize)
         if not metadata.get("tokenizer.ggml.add_space_prefix", True):
             tokenize = tokenize_rest
-        return cls(Vocabulary.from_spm(metadata), tokenize, tokenize_rest)
+        return cls(Vocabulary.from_spm(metadata), text_by_text(tokenize, tokenize_rest))
 
     @classmethod
-    def from_pieces(cls, pieces: Sequence[bytes], tokenize: Tokenize) -> LibraryTokenizer:
+    def from_pieces(cls, pieces: Sequence[bytes], tokenize: TokenizeText) -> LibraryTokenizer:
         """For a GGML file, given the piece of every token."""
         tokenize = _in_chunks(tokenize)
-        return cls(Vocabulary.from_pieces(pieces), tokenize, tokenize)
+        return cls(Vocabulary.from_pieces(pieces), text_by_text(tokenize, tokenize))
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
-        return _encode(self, segments)
+        return _with_bos(self, self._encode(list(chain.from_iterable(map(self._parts, segments)))))
 
     def encode_text(self, text: str) -> list[int]:
-        token_ids: list[int] = []
-        for index, part in enumerate(self._users.split(_without_surrogates(text).replace("\0", "\ufffd"))):
-            if index % 2:
-                token_ids.append(self._user_texts[part])
-            elif part:
-                token_ids += self._encode_ordinary(part)
-        return token_ids
+        return self._encode(list(self._parts(Text(text))))
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
 
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """The ids of text without user-defined tokens.
+    def _parts(self, segment: Segment) -> Iterator[int | str]:
+        """Control and user-defined tokens' ids, and the text between them, none empty."""
+        if isinstance(segment, Control):
+            yield self.control_texts[segment.text]
+            return
+        for index, part in enumerate(self._users.split(_without_surrogates(segment.text).replace("\0", "\ufffd"))):
+            if index % 2:
+                yield self._user_texts[part]
+            elif part:
+                yield part
+
+    def _encode(self, parts: Sequence[int | str]) -> list[int]:
+        encoded = iter(self._encode_ordinary([part for part in parts if isinstance(part, str)]))
+        return list(chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in parts))
+
+    def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without user-defined tokens.
 
         Some libraries make control tokens of text, merging "</" and "s>" or looking for words of their own. Then the text is
         given to it again in parts, cut inside of every control token's text.
         """
-        with self._lock:
-            token_ids = self.tokenize(text.encode())
-            if self._control_ids.isdisjoint(token_ids):
-                return token_ids
-            first, *rest = _cut(text, [start + 1 for start in self._controls.starts(text)])
-            token_ids = self.tokenize(first.encode())
-            for part in rest:
-                token_ids += self.tokenize_rest(part.encode())
-        return [token_id for token_id in token_ids if token_id not in self._control_ids]
+        if not texts:
+            return []
+        encoded = self.tokenize([text.encode() for text in texts], Place.FIRST)
+        return [
+            token_ids if self._control_ids.isdisjoint(token_ids) else self._encode_cut(text)
+            for text, token_ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode_cut(self, text: str) -> list[int]:
+        first, *rest = [part.encode() for part in _cut(text, [start + 1 for start in self._controls.starts(text)])]
+        encoded = chain(self.tokenize([first], Place.FIRST), self.tokenize(rest, Place.REST))
+        return [token_id for token_id in chain.from_iterable(encoded) if token_id not in self._control_ids]
 
 
-def _encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
-    token_ids: list[int] = []
-    for segment in segments:
-        if isinstance(segment, Control):
-            token_ids.append(tokenizer.control_texts[segment.text])
-        else:
-            token_ids += tokenizer.encode_text(segment.text)
+def _with_bos(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
     bos = tokenizer.bos_token_id
     if tokenizer.add_bos and bos is not None and token_ids[:1] != [bos]:
         token_ids.insert(0, bos)
@@ -261,10 +284,23 @@ def _pair(merge: str) -> tuple[str, str]:
 
 # Libraries' own tokenizers.
 
+
+def text_by_text(tokenize: TokenizeText, tokenize_rest: TokenizeText, tokenize_whole: TokenizeText | None = None) -> Tokenize:
+    """A library of this process, which one thread at a time calls."""
+    at_place = {Place.FIRST: tokenize, Place.REST: tokenize_rest, Place.WHOLE: tokenize_whole or tokenize}
+    lock = threading.Lock()
+
+    def tokenize_all(texts: Sequence[bytes], place: Place) -> list[list[int]]:
+        with lock:
+            return list(map(at_place[place], texts))
+
+    return tokenize_all
+
+
 _CHUNK = re.compile(rb"(?s).{1,256}\Z|.{1,256}(?<=\S)(?=\s)|.{1,253}.{0,3}?(?![\x80-\xBF])")
 
 
-def _in_chunks(tokenize: Tokenize) -> Tokenize:
+def _in_chunks(tokenize: TokenizeText) -> TokenizeText:
     """ctransformers' tokenizer of GGML files, which takes time with the cube of a word's length, and whose regular expression
     overflows the stack: a run of 10^5 spaces ends the process. It gets 256 bytes at most, cut between words where it can be.
     """
@@ -275,7 +311,7 @@ def _in_chunks(tokenize: Tokenize) -> Tokenize:
     return tokenize_chunks
 
 
-def _without_space(tokenize: Tokenize) -> Tokenize:
+def _without_space(tokenize: TokenizeText) -> TokenizeText:
     """SentencePiece without the space in front, by a text before it that nothing merges with."""
     other = b"\x01"
     num_other = len(tokenize(other))

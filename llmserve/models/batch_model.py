@@ -16,7 +16,7 @@ from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 from llmserve.engine.slots import round_up_to_grid
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import LibraryTokenizer
+from llmserve.engine.tokenizer import LibraryTokenizer, Tokenizer, TokenizeText, text_by_text
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
 from llmserve.models import embed_model, probe
@@ -60,6 +60,9 @@ class BatchModel:
 
     def tokenizer(self) -> None:
         """It has none that needs no library."""
+
+    def vectors(self, tokenizer: Tokenizer, dimensions: int | None) -> None:
+        """It makes text."""
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
@@ -141,7 +144,7 @@ def _numbers(value: object, count: int) -> tuple[int, ...]:
     return tuple(map(_number, value)) if isinstance(value, tuple) else (_number(value),) * count
 
 
-def make_tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokenizer:
+def make_tokenizer(header: GGUFFile, backend: LlamaCppBackend, tokenize_whole: TokenizeText | None = None) -> LibraryTokenizer:
     vocabulary = Vocabulary.from_library(
         header.metadata,
         pieces=map(backend.piece, range(backend.vocab_size)),
@@ -149,4 +152,4 @@ def make_tokenizer(header: GGUFFile, backend: LlamaCppBackend) -> LibraryTokeniz
         bos_token_id=backend.bos_token_id,
         add_bos=backend.add_bos,
     )
-    return LibraryTokenizer(vocabulary, backend.tokenize, backend.tokenize)
+    return LibraryTokenizer(vocabulary, text_by_text(backend.tokenize, backend.tokenize, tokenize_whole))

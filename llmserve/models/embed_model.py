@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from llmserve.config import ModelSpec
 from llmserve.engine.backend import Embedder
 from llmserve.engine.chat_template import Text
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.embedding_engine import EmbeddingEngine
-from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Vectors
 from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.engine.tokenizer import Tokenizer
+from llmserve.engine.tokenizer import LibraryTokenizer, Place, Tokenizer
 from llmserve.errors import ModelFileError
 from llmserve.models import probe
 from llmserve.models.files import fingerprint, identity
@@ -56,40 +58,60 @@ def choose_pooling(spec: ModelSpec, header: GGUFFile) -> str:
     return _POOLINGS[value] or ("mean" if architecture in _ENCODERS else "last")
 
 
-Opened = tuple[Embedder, Tokenizer, Callable[[str], list[int]]]
+class _Library(Protocol):
+    """How one of the libraries makes vectors. Picklable."""
+
+    name: str
+    distribution: str
+
+    def open(self, model: EmbeddingModel, *, reads_text: bool) -> tuple[Embedder, Tokenizer]:
+        """Raises RuntimeError, and ModelFileError."""
+        ...
+
+    def tokenizer(self, header: GGUFFile) -> Tokenizer | None:
+        """The one that needs no library, if it has one. Raises ModelFileError."""
+        ...
+
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids whose vectors texts get, none of them empty."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingModel:
-    """A model whose file is here, `path` as its library opens it. `open_library` gives its embedder, its tokenizer, and how texts
-    are encoded.
-    """
+    """A model whose file is here, `path` as its library opens it."""
 
     spec: ModelSpec
     source: Path
     path: Path
     header: GGUFFile
     pooling: str
-    library: str
+    library: _Library
     reason: str
     trial: Trial
-    open_library: Callable[[Trial], Opened]
 
     def fallback(self, cache_dir: Path) -> tuple[EmbeddingModel, Path] | None:
         """There are machines on which llama.cpp dies of repacked weights."""
         other = replace(self, trial=self.trial._replace(repack=False))
         return (other, probe.no_repack_note(cache_dir)) if self.trial.repack else None
 
-    def tokenizer(self) -> None:
-        """It has none without its library."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The one that needs no library, if it has one. Raises ModelFileError."""
+        return self.library.tokenizer(self.header)
+
+    def vectors(self, tokenizer: Tokenizer, dimensions: int | None) -> Vectors:
+        """What it makes instead of text."""
+        assert dimensions is not None
+        return Vectors(dimensions, partial(self.library.encode, tokenizer))
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
-        """Load the model. Raises ModelFileError."""
+        """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         try:
-            embedder, tokenizer, encode = self.open_library(self.trial)
+            embedder, tokenizer = self.library.open(self, reads_text=reads_text)
         except RuntimeError as error:
             raise ModelFileError(f"{self.source.name} cannot be loaded: {error}.") from error
-        return EmbeddingEngine(self.info, embedder, tokenizer, encode, budget, self.settings, statistics)
+        vectors = self.vectors(tokenizer, embedder.dimensions)
+        return EmbeddingEngine(self.info, embedder, tokenizer, vectors, budget, self.settings, statistics)
 
     @property
     def settings(self) -> EngineSettings:
@@ -97,10 +119,11 @@ class EmbeddingModel:
 
     @property
     def info(self) -> EngineInfo:
-        shape = (identity(self.source), self.trial, self.pooling, self.library)
+        library = f"{self.library.name} {version(self.library.distribution)}"
+        shape = (identity(self.source), self.trial, self.pooling, library)
         return EngineInfo(
             identity=fingerprint(*shape),
-            name=self.library.partition(" ")[0],
+            name=self.library.name,
             reason=probe.explain(self.reason, self.trial),
             context_length=self.trial.context_length,
             num_slots=1,
@@ -123,54 +146,70 @@ def on_llamacpp(
     spec: ModelSpec, source: Path, header: GGUFFile, context_length: int, repack: bool, reason: str
 ) -> EmbeddingModel:
     """Raises ModelFileError."""
-    from llmserve.engine.llamacpp_backend import LlamaCppSettings
-    from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
-    from llmserve.models.batch_model import make_tokenizer
-
-    _check_isolation(spec)
     pooling = choose_pooling(spec, header)
-
-    def open_library(trial: Trial) -> Opened:
-        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, trial.repack)
-        embedder = LlamaCppEmbedder(source, context_length, pooling, settings)
-        try:
-            return embedder, make_tokenizer(header, embedder), embedder.encode
-        except BaseException:
-            embedder.close()
-            raise
-
-    library = f"llamacpp {version('llama_cpp_python')}"
     trial = Trial("llamacpp-embeddings", context_length, pooling, repack)
-    return EmbeddingModel(spec, source, source, header, pooling, library, reason, trial, open_library)
+    return EmbeddingModel(spec, source, source, header, pooling, _LlamaCpp(), reason, trial)
 
 
 def on_ctransformers(
     spec: ModelSpec, source: Path, path: Path, header: GGUFFile, context_length: int, reason: str
 ) -> EmbeddingModel:
     """`path` is the file that the library opens in the place of `source`. Raises ModelFileError."""
-    from llmserve.engine.ctransformers_backend import CTransformersBackend
-    from llmserve.engine.ctransformers_embedder import CTransformersEmbedder
-    from llmserve.models.slot_model import make_tokenizer
-
-    _check_isolation(spec)
     if header.get("general.architecture", str) != "llama":
         raise ModelFileError("ctransformers gives vectors of llama models only; llama.cpp gives those of all.")
-    pooling = choose_pooling(spec, header)
+    trial = Trial("ctransformers", context_length)
+    return EmbeddingModel(spec, source, path, header, choose_pooling(spec, header), _CTransformers(), reason, trial)
 
-    def open_library(trial: Trial) -> Opened:
-        backend = CTransformersBackend(path, context_length)
+
+# Each of them imports its library, so they are imported when needed.
+
+
+class _LlamaCpp:
+    name = "llamacpp"
+    distribution = "llama_cpp_python"
+
+    def open(self, model: EmbeddingModel, *, reads_text: bool) -> tuple[Embedder, Tokenizer]:
+        from llmserve.engine.llamacpp_backend import LlamaCppSettings
+        from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
+        from llmserve.models.batch_model import make_tokenizer
+
+        spec, trial = model.spec, model.trial
+        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, trial.repack)
+        embedder = LlamaCppEmbedder(model.path, trial.context_length, model.pooling, settings)
         try:
-            tokenizer = make_tokenizer(header, backend)
+            return embedder, make_tokenizer(model.header, embedder, embedder.tokenize_whole)
+        except BaseException:
+            embedder.close()
+            raise
+
+    def tokenizer(self, header: GGUFFile) -> None:
+        """It has none that needs no library."""
+
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """As the library does it, for it knows what else is around a text."""
+        assert isinstance(tokenizer, LibraryTokenizer)
+        return tokenizer.tokenize([text.encode("utf-8", "replace") for text in texts], Place.WHOLE)
+
+
+class _CTransformers:
+    name = distribution = "ctransformers"
+
+    def open(self, model: EmbeddingModel, *, reads_text: bool) -> tuple[Embedder, Tokenizer]:
+        from llmserve.engine.ctransformers_backend import CTransformersBackend
+        from llmserve.engine.ctransformers_embedder import CTransformersEmbedder
+        from llmserve.models.slot_model import make_tokenizer
+
+        backend = CTransformersBackend(model.path, model.trial.context_length)
+        try:
+            return CTransformersEmbedder(backend, model.pooling), make_tokenizer(model.header, backend, reads=reads_text)
         except BaseException:
             backend.close()
             raise
-        return CTransformersEmbedder(backend, pooling), tokenizer, lambda text: tokenizer.encode([Text(text)] if text else [])
 
-    library = f"ctransformers {version('ctransformers')}"
-    trial = Trial("ctransformers", context_length)
-    return EmbeddingModel(spec, source, path, header, pooling, library, reason, trial, open_library)
+    def tokenizer(self, header: GGUFFile) -> Tokenizer | None:
+        from llmserve.models.slot_model import bpe_tokenizer
 
+        return bpe_tokenizer(header)
 
-def _check_isolation(spec: ModelSpec) -> None:
-    if spec.isolation == "process":
-        raise ModelFileError('isolation = "process" is for models that make text; this one makes vectors.')
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer.encode([Text(text)]) for text in texts]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from llmserve.config import ModelSpec
+from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
+from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Vectors
 from llmserve.engine.gguf import GGUFFile
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer, Tokenizer
@@ -54,6 +55,10 @@ class Model(Protocol):
 
     def tokenizer(self) -> Tokenizer | None:
         """The one that needs no library, if it has one. Raises ModelFileError."""
+        ...
+
+    def vectors(self, tokenizer: Tokenizer, dimensions: int | None) -> Vectors | None:
+        """What it makes instead of text, if it does: its library says of how many dimensions."""
         ...
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
@@ -111,18 +116,27 @@ class ProcessModel:
             process = opened.enter_context(closing(EngineProcess(model.spec.id, [*_CHILD, model.spec.id], message)))
             own_tokenizer = model.tokenizer()  # while the process loads
             try:
-                vocabulary = process.opened()
+                vocabulary, dimensions = process.opened()
             except ProcessEnded as error:
                 kind = ModelCrashed if error.crashed else ModelFileError
                 reason = str(error).replace(str(model.path), model.path.name)
                 raise kind(f"{model.path.name} cannot be loaded: {reason}.") from None
             if vocabulary is not None:
-                tokenizer: Tokenizer = LibraryTokenizer(vocabulary, process.tokenize, partial(process.tokenize, continued=True))
+                tokenizer: Tokenizer = LibraryTokenizer(vocabulary, process.tokenize)
             else:
                 assert own_tokenizer is not None
                 tokenizer = own_tokenizer
-            chat_template = make_chat_template(model.spec, model.header, tokenizer)
-            engine = ProcessEngine(model.info, process, tokenizer, chat_template, self.budget, model.settings, statistics)
+            vectors = model.vectors(tokenizer, dimensions)
+            engine = ProcessEngine(
+                model.info,
+                process,
+                tokenizer,
+                ChatTemplate(None) if vectors else make_chat_template(model.spec, model.header, tokenizer),
+                self.budget,
+                model.settings,
+                statistics,
+                vectors=vectors,
+            )
             opened.pop_all()  # the engine closes it from now on
         return engine
 

@@ -13,7 +13,7 @@ import platform
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,7 +65,7 @@ def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
 
 
 def check(path: Path, trial: Trial, cache_dir: Path) -> None:
-    """The same in this process, which may die of it."""
+    """The same in this process, which may die of it, and goes on with nothing of it open."""
     verdict = _verdict(path, trial, cache_dir)
     if verdict.exists():
         return
@@ -153,16 +153,16 @@ def _try_ctransformers(path: Path, trial: Trial) -> str:
     and for its older types they are of a size that was thought to do."""
     from llmserve.engine.ctransformers_backend import CTransformersBackend
 
-    backend = CTransformersBackend(path, trial.context_length, trial.model_type)
-    num_tokens = min(_GGML_CHUNK if trial.model_type else 1, backend.context_length)
-    token_ids = [min(1, backend.vocab_size - 1)] * num_tokens
-    try:
-        backend.forward(token_ids, 0, 1)
-        if not _finite(backend.logits()):
-            return _NOT_FINITE
-        backend.forward(token_ids, backend.context_length - num_tokens, 1)
-    except RuntimeError as error:
-        return str(error)
+    with closing(CTransformersBackend(path, trial.context_length, trial.model_type)) as backend:
+        num_tokens = min(_GGML_CHUNK if trial.model_type else 1, backend.context_length)
+        token_ids = [min(1, backend.vocab_size - 1)] * num_tokens
+        try:
+            backend.forward(token_ids, 0, 1)
+            if not _finite(backend.logits()):
+                return _NOT_FINITE
+            backend.forward(token_ids, backend.context_length - num_tokens, 1)
+        except RuntimeError as error:
+            return str(error)
     return ""
 
 
@@ -173,12 +173,12 @@ def _try_llamacpp(path: Path, trial: Trial) -> str:
     from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
     try:
-        backend = LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack))
-        token_id = min(1, backend.vocab_size - 1)
-        for position, num_tokens in ((0, 8), (8, 1)):
-            backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
-            if not _finite(backend.logits(0)):
-                return _NOT_FINITE
+        with closing(LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack))) as backend:
+            token_id = min(1, backend.vocab_size - 1)
+            for position, num_tokens in ((0, 8), (8, 1)):
+                backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
+                if not _finite(backend.logits(0)):
+                    return _NOT_FINITE
     except RuntimeError as error:
         return str(error)
     return ""
@@ -191,8 +191,9 @@ def _try_llamacpp_embeddings(path: Path, trial: Trial) -> str:
     from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
 
     try:
-        embedder = LlamaCppEmbedder(path, trial.context_length, trial.model_type, LlamaCppSettings(repack=trial.repack))
-        vector = embedder.embed([min(1, embedder.vocab_size - 1)] * min(8, trial.context_length), 1)
+        settings = LlamaCppSettings(repack=trial.repack)
+        with closing(LlamaCppEmbedder(path, trial.context_length, trial.model_type, settings)) as embedder:
+            vector = embedder.embed([min(1, embedder.vocab_size - 1)] * min(8, trial.context_length), 1)
     except RuntimeError as error:
         return str(error)
     return "" if _finite(vector) else _NOT_FINITE

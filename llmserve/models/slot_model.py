@@ -80,7 +80,10 @@ class SlotModel:
 
     def tokenizer(self, *, reads: bool = True) -> Tokenizer | None:
         """The one that needs no library: byte-level BPE. Raises ModelFileError."""
-        return _bpe_tokenizer(self.header, reads=reads)
+        return bpe_tokenizer(self.header, reads=reads)
+
+    def vectors(self, tokenizer: Tokenizer, dimensions: int | None) -> None:
+        """It makes text."""
 
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model once per slot; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
@@ -148,11 +151,11 @@ def _ggml_facts(spec: ModelSpec, path: Path) -> _Facts:
     return _Facts(None, file.library_type, context_length, spec.slots * file.size, spec.slots * kv_cache_bytes)
 
 
-def make_tokenizer(header: GGUFFile | None, backend: CTransformersBackend) -> Tokenizer:
-    return _bpe_tokenizer(header) or _library_tokenizer(header, backend)
+def make_tokenizer(header: GGUFFile, backend: CTransformersBackend, *, reads: bool) -> Tokenizer:
+    return bpe_tokenizer(header, reads=reads) or _library_tokenizer(header, backend)
 
 
-def _bpe_tokenizer(header: GGUFFile | None, *, reads: bool = True) -> Tokenizer | None:
+def bpe_tokenizer(header: GGUFFile | None, *, reads: bool = True) -> Tokenizer | None:
     """The one that needs no library: byte-level BPE. Raises ModelFileError."""
     if header is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return None

@@ -1,7 +1,6 @@
 """Embeddings over WSGI: what is asked for is checked before a vector is made, and a model that makes vectors writes no text."""
 
 import base64
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -9,47 +8,11 @@ from werkzeug.test import Client
 
 from llmserve import create_app
 from llmserve.config import Config, ModelSpec
-from llmserve.engine.compute import ComputeBudget
-from llmserve.engine.embedding_engine import EmbeddingEngine
-from llmserve.engine.engine import EngineInfo, EngineSettings
 from llmserve.registry import ModelRegistry
-from tests.fakes import byte_tokenizer
+from tests.fake_process import FakeProcessLoader
+from tests.fakes import FakeEmbedder, make_engine
 
 MODEL = "vectors"
-
-
-@dataclass
-class FakeEmbedder:
-    """A text's vector is its length, its first token id, and 0."""
-
-    dimensions = 3
-    texts: list = field(default_factory=list)
-
-    def embed(self, token_ids, threads):
-        self.texts.append(bytes(token_ids).decode())
-        return np.array([len(token_ids), token_ids[0], 0], dtype=np.float32)
-
-    def close(self):
-        pass
-
-
-@dataclass
-class Loader:
-    """Of the one model, as the registry wants it: prepared, it is itself."""
-
-    embedder: FakeEmbedder
-    identity: str = "fake"
-    memory_bytes: int = 1000
-
-    def prepare(self, spec):
-        return self
-
-    def open(self, statistics):
-        tokenizer = byte_tokenizer()
-        info = EngineInfo(self.identity, "fake", "it is a test", 16, 1, self.memory_bytes, 0)
-        return EmbeddingEngine(
-            info, self.embedder, tokenizer, tokenizer.encode_text, ComputeBudget(1), EngineSettings(), statistics
-        )
 
 
 @pytest.fixture
@@ -57,10 +20,17 @@ def embedder():
     return FakeEmbedder()
 
 
-@pytest.fixture
-def post(embedder):
+class Loader(FakeProcessLoader):
+    """The same without processes."""
+
+    def open(self, statistics):
+        return make_engine(self._make_backends(), statistics=statistics)
+
+
+@pytest.fixture(params=[Loader, FakeProcessLoader], ids=["thread", "process"])
+def post(request, embedder):
     config = Config(models=(ModelSpec(MODEL, "none", load="on_demand"),))
-    app = create_app(config, registry=ModelRegistry(config.models, lambda: Loader(embedder)))
+    app = create_app(config, registry=ModelRegistry(config.models, lambda: request.param(lambda: embedder)))
     client = Client(app)
     yield lambda path, **fields: client.post(path, json={"model": MODEL} | fields, buffered=True)
     app.close()

@@ -32,6 +32,24 @@ def test_under_another_server(tmp_path, run, isolation):
         assert harness.post(port, "/v1/chat/completions", BODY)[0] == 200
 
 
+def test_vectors_from_a_process_are_those_of_a_thread(tmp_path):
+    path = write_llama_spm(tmp_path / "tiny.gguf")
+    specs = [ModelSpec(each, str(path), engine="ctransformers", task="embed", isolation=each) for each in ISOLATIONS]
+    texts = ["hello", "the river runs to sea", [5, 6, 7]]
+    config = Config(ServerConfig(cache_dir=str(tmp_path / "cache")), models=tuple(specs))
+    with closing(create_app(config)) as app, in_waitress(app) as port:
+        answers = [harness.post(port, "/v1/embeddings", {"model": each, "input": texts[:2]}) for each in ISOLATIONS]
+        answers += [harness.post(port, "/v1/embeddings", {"model": each, "input": texts[2]}) for each in ISOLATIONS]
+        status, again = harness.post(port, "/v1/models/process?action=reload")
+        assert (status, again["state"]) == (200, "ready")
+        status, body = harness.post(port, "/v1/chat/completions", BODY | {"model": "process"})
+        assert (status, body["error"]["param"]) == (400, "model")
+    assert [status for status, _ in answers] == [200] * 4
+    from_process, from_thread = [[answer["data"] for _, answer in answers[index::2]] for index in (0, 1)]
+    assert from_process == from_thread
+    assert list(map(len, from_process)) == [2, 1]
+
+
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_mounted_where_each_of_several_workers_has_its_own(tmp_path, isolation):
     """As mod_wsgi does: the application is imported after the fork, in each of them."""

@@ -9,6 +9,7 @@ import pytest
 from llmserve.engine.constraint import Constraints
 from llmserve.engine.generation import ChoiceEnd, Delta, FinishReason, GenerationParams, Grammar, SamplingParams
 from llmserve.engine.grammar import check
+from llmserve.engine.tokenizer import text_by_text
 from llmserve.errors import InvalidGrammar
 from tests.fakes import EOS, VOCAB_SIZE, FakeBackend, FakeBatchBackend, byte_tokenizer, make_engine
 
@@ -116,7 +117,7 @@ def test_what_the_vocabulary_cannot_write_is_refused():
 @pytest.mark.parametrize("text", ["hello", "hé", '{"a":1}'])
 def test_a_vocabulary_whose_tokenizer_puts_a_space_in_front_can_write_what_has_no_choice(text):
     tokenizer = byte_tokenizer()
-    tokenizer.tokenize = lambda data: [ord(" "), *data]
+    tokenizer.tokenize = text_by_text(lambda data: [ord(" "), *data], list)
     constraint = Constraints(tokenizer).get(Grammar("lark", f"start: {json.dumps(text, ensure_ascii=False)}")).copy()
     for value in text.encode():
         assert allowed(constraint) == {value}

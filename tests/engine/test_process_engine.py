@@ -17,11 +17,12 @@ from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineDied, EngineFailed, QueueFull, ShuttingDown
 from llmserve.registry import MAX_CRASHES, ModelRegistry, ModelState
 from tests.fake_process import FakeProcessLoader, make_process_engine
-from tests.fakes import FakeBackend, FakeBatchBackend, make_engine
+from tests.fakes import FakeBackend, FakeBatchBackend, FakeEmbedder, make_engine
 
 TIMEOUT = 10.0
 GREEDY = SamplingParams(temperature=0)
 MANY = [lambda: [FakeBackend(), FakeBackend()], lambda: FakeBatchBackend(num_sequences=2)]
+ALL = [*MANY, FakeEmbedder]
 
 
 @pytest.fixture
@@ -39,6 +40,9 @@ def engine_of():
 
 
 def submit(engine, prompt_ids=(1, 2, 3), max_tokens=8, **params):
+    """So many tokens, or so many vectors."""
+    if engine.vectors is not None:
+        return engine.embed([prompt_ids] * max_tokens)
     return engine.submit(list(prompt_ids), GenerationParams(max_tokens, sampling=GREEDY, **params))
 
 
@@ -83,6 +87,40 @@ def test_answers_are_those_of_an_engine_in_the_process(engine_of, make_backends)
     other.close()
 
 
+def test_vectors_are_those_of_an_engine_in_the_process(engine_of):
+    statistics = StatisticsCounter()
+    (there, _), here = engine_of(FakeEmbedder(), statistics=statistics), make_engine(FakeEmbedder())
+    requests = [[[1], [2, 3, 4], [9] * 16], [[5]]]
+    for engine in (here, there):
+        assert (engine.vectors.dimensions, engine.vectors.encode(["ab", "c"])) == (3, [[97, 98], [99]])
+    made = [[events_of(each)[:-1] for each in [engine.embed(texts) for texts in requests]] for engine in (here, there)]
+    assert made[0] == made[1]
+    assert [[event.choice for event in events] for events in made[0]] == [[0, 1, 2], [0]]
+    assert there.drain(TIMEOUT)
+    assert (statistics.snapshot().requests, statistics.snapshot().prompt_tokens) == (2, 21)
+    here.close()
+
+
+@pytest.mark.parametrize("make_backends", ALL)
+def test_what_the_other_kind_of_model_makes_is_not_asked_for(engine_of, make_backends):
+    engine, _ = engine_of(make_backends())
+    with pytest.raises(ValueError, match="only"):
+        engine.embed([[1]]) if engine.vectors is None else engine.submit([1], GenerationParams(1))
+
+
+def test_vectors_that_nobody_waits_for_any_more_are_not_made(engine_of):
+    embedder, gate = FakeEmbedder(), threading.Event()
+    embedder.on_forward = lambda: gate.wait(TIMEOUT)
+    engine, process = engine_of(embedder)
+    generation = engine.embed([[1]] * 10)
+    wait_until(lambda: embedder.texts)
+    generation.close()
+    wait_until(lambda: process._child._generations == {})  # it has heard of it
+    gate.set()
+    wait_until(lambda: process.engine.load == EngineLoad(0, 0))
+    assert len(embedder.texts) == 1
+
+
 @pytest.mark.parametrize("make_backends", MANY)
 def test_answers_are_kept_within_a_grammar_there_as_well(engine_of, make_backends):
     engine, process = engine_of(make_backends())
@@ -120,7 +158,7 @@ def test_the_queue_is_the_servers(engine_of):
     assert isinstance(events_of(first)[-1], GenerationEnd)
 
 
-@pytest.mark.parametrize("make_backends", MANY)
+@pytest.mark.parametrize("make_backends", ALL)
 def test_who_leaves_frees_the_slot(engine_of, make_backends):
     statistics = StatisticsCounter()
     engine, _ = engine_of(slowed(make_backends()), statistics=statistics)
@@ -149,7 +187,7 @@ def test_an_engine_that_fails_in_a_pass_says_so_and_goes_on(engine_of):
     assert isinstance(events_of(submit(engine))[-1], GenerationEnd)
 
 
-@pytest.mark.parametrize("make_backends", MANY)
+@pytest.mark.parametrize("make_backends", ALL)
 def test_a_death_ends_everything_with_an_error_and_is_told(engine_of, make_backends):
     budget, deaths = ComputeBudget(2), []
     engine, process = engine_of(slowed(make_backends()), budget=budget)
@@ -256,9 +294,10 @@ class TestRecovery:
         registry.load("m")
         assert isinstance(events_of(ask(registry))[-1], GenerationEnd)
 
-    def test_an_answer_between_begins_the_count_anew(self, registry_of, monkeypatch):
+    @pytest.mark.parametrize("make_backends", ALL)
+    def test_an_answer_between_begins_the_count_anew(self, registry_of, monkeypatch, make_backends):
         monkeypatch.setattr("llmserve.registry._BACK_OFF", 60.0)
-        loader = FakeProcessLoader()
+        loader = FakeProcessLoader(make_backends)
         registry = registry_of(loader)
         for number in range(MAX_CRASHES + 2):
             assert isinstance(events_of(ask(registry))[-1], GenerationEnd)
@@ -272,7 +311,7 @@ act = st.sampled_from(["submit", "submit", "submit", "cancel", "crash", "unload"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_backends", MANY)
+@pytest.mark.parametrize("make_backends", ALL)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=st.lists(act, min_size=3, max_size=14))
 def test_in_any_order_every_request_is_answered_once_and_every_slot_is_free(make_backends, actions):

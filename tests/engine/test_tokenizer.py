@@ -8,7 +8,8 @@ from llmserve import config
 from llmserve.engine import gguf
 from llmserve.engine.chat_template import Control, Text
 from llmserve.engine.ctransformers_backend import CTransformersBackend
-from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer
+from llmserve.engine.tokenizer import BPETokenizer, LibraryTokenizer, Place
+from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
 from llmserve.models import sources
 from tests import tiny_models
@@ -249,6 +250,19 @@ def test_a_user_defined_token_is_found_in_text_before_the_library_sees_it():
 
 def test_what_a_library_cannot_be_given_is_replaced():
     assert spelled(library_tokenizer(*S), "a\0a\ud800") == " a\ufffda\ufffd"
+
+
+def test_a_library_is_called_once_for_all_texts_of_a_prompt():
+    calls = []
+
+    def tokenize(texts, place):
+        calls.append((texts, place))
+        return [[9] * len(text) for text in texts]
+
+    tokenizer = LibraryTokenizer(Vocabulary.from_spm(spm_metadata(*S, ("<tool>", USER_DEFINED), bos_token_id=0)), tokenize)
+    token_ids = tokenizer.encode([Control("<s>"), Text("ab<tool>cde"), Control("</s>"), Text(""), Control("</s>"), Text("f")])
+    assert calls == [([b"ab", b"cde", b"f"], Place.FIRST)]
+    assert token_ids == [0, 9, 9, 2, 9, 9, 9, 1, 1, 9]
 
 
 def test_one_thread_at_a_time_is_in_the_library():

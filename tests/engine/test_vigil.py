@@ -8,6 +8,7 @@ import pytest
 from benchmarks.harness import cpu_times, steal
 from llmserve.engine.channel import Open
 from llmserve.engine.process import EngineProcess
+from llmserve.engine.tokenizer import Place
 from llmserve.engine.vigil import LONG_SILENCE, SILENCE, Vigil, Waits
 from llmserve.errors import EngineDied
 from tests.hanging_process import HANGS
@@ -122,7 +123,7 @@ def test_a_process_that_never_lets_go_of_the_gil_is_killed(how):
         process.opened()
         before, begun = cpu_times(), time.monotonic()
         with pytest.raises(EngineDied, match=HANGS_SAYS):
-            process.tokenize(b"text")
+            process.tokenize([b"text"], Place.FIRST)
         seconds = time.monotonic() - begun
     assert seconds > SILENCE - 0.1  # the time of one look
     if steal(before, cpu_times()) < 0.05:

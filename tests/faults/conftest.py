@@ -15,7 +15,7 @@ from llmserve.models.loading import has_llamacpp
 from tests.faults.clients import Bystander, wait_for
 from tests.tiny_models import write_llama_bpe, write_llama_spm
 
-VICTIM, BYSTANDER, TINY = "victim", "bystander", "tiny"
+VICTIM, BYSTANDER, TINY, VECTORS = "victim", "bystander", "tiny", "vectors"
 HEAD = """# What the server survives
 
 `make faults` breaks these things around a real server, with engines in processes of their own, and writes this table. Recovered: from the fault to the next whole answer.
@@ -70,9 +70,12 @@ class Running:
         """The process id of a model's engine, None if there is none."""
         return engine_of(self.worker(), model)
 
+    def status(self, model):
+        return self.server.get(f"/v1/models/{model}")[1]
+
     def crashes(self, model):
         """How often the server has noticed that its engine died."""
-        return self.server.get(f"/v1/models/{model}")[1]["statistics"]["crashes"]
+        return self.status(model)["statistics"]["crashes"]
 
     def ready(self, model):
         assert harness.post(self.port, f"/v1/models/{model}?action=load")[0] == 200
@@ -133,6 +136,7 @@ def running(tmp_path_factory):
     config = harness.model_table(VICTIM, **process)
     config += harness.model_table(BYSTANDER, engine="llamacpp" if has_llamacpp() else "ctransformers", slots=2, **process)
     config += harness.table(id=TINY, source=str(folder / "tiny.gguf"), engine="ctransformers", slots=8, **process)
+    config += harness.table(id=VECTORS, source=str(folder / "tiny.gguf"), load="on_demand", task="embed", **process)
     (folder / "sitecustomize.py").write_text(_HANGS)
     with harness.llmserve(config, log=folder / "log", environ={"PYTHONPATH": str(folder)}) as server:
         yield Running(server, folder)
@@ -145,8 +149,8 @@ def nothing_is_left_behind(request):
     yield
     if "running" in request.fixturenames:
         running = request.getfixturevalue("running")
-        for model in (VICTIM, BYSTANDER, TINY):
-            wait_for(lambda model=model: running.server.get(f"/v1/models/{model}")[1]["state"] != "loading", 30)
+        for model in (VICTIM, BYSTANDER, TINY, VECTORS):
+            wait_for(lambda model=model: running.status(model)["state"] != "loading", 30)
             running.server.wait_until_idle(model, timeout=3.0)
         assert running.server.get("/livez")[0] == 200
 

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import harness
 from tests.faults.clients import LONG, Client, ask, wait_for
-from tests.faults.conftest import BYSTANDER, HANG, TINY, VICTIM, engine_of, patience, seconds_since
+from tests.faults.conftest import BYSTANDER, HANG, TINY, VECTORS, VICTIM, engine_of, patience, seconds_since
 
 NUM_CRASHES = 200
 DIED = {"503 engine_died", "200, then an error event (engine_died)"}
@@ -43,7 +43,7 @@ def answer_and_hit(running, number, phase):
     assert ask(running.port, VICTIM) == "200"
     content = LONG if phase == "prefill" else "Write a very long story."
     clients = [Client(running.port, VICTIM, content, stream=stream, max_tokens=500) for stream in (True, False)]
-    wait_for(lambda: running.server.get(f"/v1/models/{VICTIM}")[1]["running"] == 2)
+    wait_for(lambda: running.status(VICTIM)["running"] == 2)
     if phase == "decode":
         assert clients[0].flowing.wait(60)
     os.kill(running.engine(VICTIM), number)
@@ -82,6 +82,36 @@ def test_a_signal(running, note, phase, number):
     assert noticed <= 1.0 * much
     assert recovered <= 2.0 * much
     assert bystander.longest_gap <= 1.0 * much
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_signal_to_an_engine_of_vectors(running, note, number):
+    """While one request is worked on and others wait: each gets its one answer, and the next request its vectors."""
+    texts = {"model": VECTORS, "input": [[5] * 200] * 1000}
+    few = {"model": VECTORS, "input": ["hello", "river"]}
+    running.ready(VECTORS)
+    status, vectors = harness.post(running.port, "/v1/embeddings", few)
+    assert status == 200
+    worker = running.worker()
+    before = facts(worker)
+    with running.bystander() as bystander, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(harness.post, running.port, "/v1/embeddings", texts) for _ in range(4)]
+        wait_for(lambda: sum(running.status(VECTORS)[key] for key in ("running", "waiting")) == 4)
+        os.kill(running.engine(VECTORS), number)
+        begun = time.monotonic()
+        outcomes = [answer.result(60) for answer in answers]
+        noticed = seconds_since(begun)
+        assert harness.post(running.port, "/v1/embeddings", few) == (200, vectors)
+        recovered = seconds_since(begun)
+    saw = "; ".join(dict.fromkeys(f"{status} {body['error']['code']}" for status, body in outcomes))
+    note(f"{number.name} of an engine of vectors", saw, recovered, bystander.longest_gap, "the requests in flight on it")
+    assert saw == "503 engine_died"
+    much = patience(bystander.stolen)
+    assert noticed <= 1.0 * much
+    assert recovered <= 2.0 * much
+    assert bystander.longest_gap <= 1.0 * much
+    wait_for(lambda: facts(worker)[1] <= before[1])
+    assert facts(worker)[2] == before[2]
 
 
 def test_a_memory_limit(running, note):
@@ -197,7 +227,7 @@ def test_crashes_in_a_row_leave_nothing(running, note):
         if number == 10:  # its thread pool is as large as it gets
             before = facts(worker)
         clients = [Client(running.port, TINY, stream=stream, n=4, max_tokens=150) for stream in (True, False, True)]
-        wait_for(lambda: running.server.get(f"/v1/models/{TINY}")[1]["running"] == 3)
+        wait_for(lambda: running.status(TINY)["running"] == 3)
         os.kill(running.engine(TINY), signal.SIGKILL if number % 2 else signal.SIGSEGV)
         assert {client.outcome() for client in clients} <= DIED
         assert ask(running.port, TINY) == "200"

@@ -91,10 +91,10 @@ def test_a_reset(running, note, phase):
             while b'"content":"' not in received.replace(b'"content":""', b""):
                 received += connection.recv(65536)
         elif phase == "prefill":
-            wait_for(lambda: running.server.get(f"/v1/models/{VICTIM}")[1]["running"])
+            wait_for(lambda: running.status(VICTIM)["running"])
         reset(connection)
     begun = time.monotonic()
-    wait_for(lambda: not running.server.get(f"/v1/models/{VICTIM}")[1]["running"], 10)
+    wait_for(lambda: not running.status(VICTIM)["running"], 10)
     note(f"a client resets its connection: {phase}", "–", seconds_since(begun))
 
 
@@ -270,5 +270,5 @@ def test_many_crashes_of_the_victim_while_clients_come(running, note):
     note("4 crashes while 40 requests come", ", ".join(outcomes), gap=bystander.longest_gap, lost="the answers in flight on it")
     assert set(outcomes) <= {"200", "503 engine_died", "200, then an error event (engine_died)", "503 model_load_failed"}
     assert bystander.longest_gap <= patience(bystander.stolen)
-    wait_for(lambda: running.server.get(f"/v1/models/{TINY}")[1]["state"] != "loading")
+    wait_for(lambda: running.status(TINY)["state"] != "loading")
     running.ready(TINY)

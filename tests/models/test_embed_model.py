@@ -35,16 +35,16 @@ def open_model(tmp_path):
 
 def vectors(engine, texts):
     """One row each, of length 1."""
-    events = list(engine.embed([engine.encode(text) for text in texts]).events(30))
+    encoded = engine.vectors.encode(texts)
+    events = list(engine.embed(encoded).events(30))
     assert isinstance(events[-1], GenerationEnd)
-    assert events[-1].num_prompt_tokens == sum(len(engine.encode(text)) for text in texts)
+    assert events[-1].num_prompt_tokens == sum(map(len, encoded))
     assert [event.choice for event in events[:-1]] == list(range(len(texts)))
     rows = np.array([np.frombuffer(event.vector, "<f4") for event in events if isinstance(event, Embedding)])
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     return rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("write", [write_llama_spm, write_llama_bpe])
 def test_a_texts_vector_does_not_depend_on_what_else_is_asked_for(open_model, tmp_path, engine, write):
@@ -55,7 +55,6 @@ def test_a_texts_vector_does_not_depend_on_what_else_is_asked_for(open_model, tm
     assert np.abs(together @ together.T - np.eye(len(TEXTS))).max() < 0.999  # they are not all the same
 
 
-@pytest.mark.slow
 @llamacpp
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 def test_both_libraries_give_the_same_vectors(open_model, tmp_path, pooling):
@@ -67,7 +66,6 @@ def test_both_libraries_give_the_same_vectors(open_model, tmp_path, pooling):
     assert (ours * theirs).sum(axis=1).min() > 0.999
 
 
-@pytest.mark.slow
 @llamacpp
 def test_poolings_differ(open_model, tmp_path):
     path = write_llama_bpe(tmp_path / "m.gguf")
@@ -78,33 +76,29 @@ def test_poolings_differ(open_model, tmp_path):
     assert np.abs(np.array(rows) @ np.array(rows).T - np.eye(3)).max() < 0.999
 
 
-@pytest.mark.slow
 @llamacpp
 def test_an_embedding_model_is_known_by_its_file(open_model, tmp_path):
     models = [open_model(write_bert(tmp_path / f"{pooling}.gguf", pooling=pooling), "auto") for pooling in (1, 2)]
-    assert not any(model.generates for model in models)
-    assert models[0].encode("hello world")[0] == 2  # [CLS]
-    assert models[0].encode("hello world")[-1] == 3  # [SEP]
+    assert all(model.vectors.dimensions == 64 for model in models)
+    (token_ids,) = models[0].vectors.encode(["hello world"])
+    assert (token_ids[0], token_ids[-1]) == (2, 3)  # [CLS] and [SEP]
     mean, cls = (vectors(model, TEXTS) for model in models)
     assert np.abs(mean - cls).max() > 0.01
     np.testing.assert_array_equal(vectors(models[0], TEXTS[::-1]), mean[::-1])
 
 
-@pytest.mark.slow
 @llamacpp
 def test_a_long_text_has_a_vector_too(open_model, tmp_path):
     model = open_model(write_llama_bpe(tmp_path / "m.gguf"), "llamacpp", task="embed")
     assert vectors(model, ["the river " * 100]).shape == (1, 64)
 
 
-@pytest.mark.slow
 def test_ctransformers_refuses_what_it_gives_no_vectors_of(open_model, tmp_path):
     for path in (write_falcon_bpe(tmp_path / "falcon.gguf"), write_bert(tmp_path / "bert.gguf")):
         with pytest.raises(ModelFileError, match=r"llama\.cpp"):
             open_model(path, "ctransformers", task="embed")
 
 
-@pytest.mark.slow
 @llamacpp
 def test_a_reranker_makes_no_vectors(open_model, tmp_path):
     with pytest.raises(ModelFileError, match="pooling type 4"):

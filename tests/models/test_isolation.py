@@ -16,16 +16,14 @@ import pytest
 from llmserve.config import ModelSpec, ServerConfig
 from llmserve.engine.generation import Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
 from llmserve.engine.statistics import StatisticsCounter
-from llmserve.errors import EngineDied, ModelCrashed, ModelFileError
+from llmserve.errors import EngineDied, ModelCrashed, ModelFileError, TemplateError
 from llmserve.models import isolation
 from llmserve.models.loading import Loader, has_llamacpp
 from tests import tiny_models
 
 TIMEOUT = 60.0
-ENGINES = [
-    "ctransformers",
-    pytest.param("llamacpp", marks=pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")),
-]
+LLAMACPP = pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")
+ENGINES = ["ctransformers", pytest.param("llamacpp", marks=LLAMACPP)]
 PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
@@ -63,7 +61,6 @@ def is_gone(pid):
     return not Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("write", [tiny_models.write_llama_spm, tiny_models.write_llama_bpe])
 def test_answers_and_prompts_are_the_same_either_way(open_engine, tmp_path, write, engine):
@@ -77,7 +74,38 @@ def test_answers_and_prompts_are_the_same_either_way(open_engine, tmp_path, writ
     assert there.info == here.info
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "engine"),
+    [(write, engine) for write in (tiny_models.write_llama_spm, tiny_models.write_llama_bpe) for engine in ENGINES]
+    + [pytest.param(tiny_models.write_bert, "llamacpp", marks=LLAMACPP)],
+)
+def test_vectors_are_the_same_either_way(open_engine, tmp_path, write, engine):
+    path = write(tmp_path / "model.gguf")
+    here, there = [open_engine(path, engine=engine, task="embed", isolation=isolation) for isolation in ("thread", "process")]
+    texts = ["hello river", "  two  spaces\n\n", "é 日本 </s> <|im_end|> <s> \ud800", "a" * 50, "the sea " * 20]
+    encoded = here.vectors.encode(texts)
+    assert there.vectors.encode(texts) == encoded
+    assert all(encoded)
+    assert there.tokenizer.encode_text("hello river") == here.tokenizer.encode_text("hello river")
+    first, second = [list(engine.embed(encoded).events(TIMEOUT))[:-1] for engine in (here, there)]
+    assert first == second
+    assert [event.choice for event in first] == list(range(len(texts)))
+    assert (there.info, there.vectors.dimensions) == (here.info, here.vectors.dimensions)
+    with pytest.raises(TemplateError):
+        there.chat_template.render([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_that_dies_while_it_makes_vectors_ends_them_with_an_error(open_engine, tmp_path, engine):
+    engine = open_engine(tiny_models.write_llama_spm(tmp_path / "model.gguf"), engine=engine, task="embed")
+    generation, other = [engine.embed([[5] * 100] * 2000) for _ in range(2)]
+    assert generation.read(0, TIMEOUT)
+    os.kill(pid_of(engine), signal.SIGKILL)
+    for event in (last_event(generation), last_event(other)):
+        assert isinstance(event.error, EngineDied)
+        assert "SIGKILL" in event.error.message
+
+
 def test_a_ggml_file_answers_from_a_process(open_engine, tmp_path):
     source = tiny_models.write_ggml_gpt2(tmp_path / "gpt2.bin")
     assert text_of(submit(open_engine(source, model_type="gpt2", chat_template=PLAIN), "hello world"))
@@ -121,7 +149,7 @@ def test_a_file_that_kills_the_library_is_refused_with_the_signal(open_engine, t
         open_engine(path, model_type="gpt2", context_length=8192, chat_template=PLAIN)
 
 
-@pytest.mark.skipif(not has_llamacpp(), reason="the extra `llamacpp` is not installed")
+@LLAMACPP
 def test_what_the_library_refuses_is_told_in_its_words(open_engine, tmp_path):
     path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", tensors={"output_norm.weight": None})
     with pytest.raises(ModelFileError, match="output_norm"):

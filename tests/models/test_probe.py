@@ -3,6 +3,7 @@ import os
 import numpy as np
 import pytest
 
+from llmserve.engine import ctransformers_backend
 from llmserve.errors import ModelFileError
 from llmserve.models import probe
 from llmserve.models.loading import has_llamacpp
@@ -44,6 +45,12 @@ def test_a_good_file_passes_and_is_not_opened_again_until_it_changes(path, cache
     probe.probe(path, Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
     replace_content(path, b"GGUF", hidden=False)
     refusal(path, cache_dir)
+
+
+def test_a_check_in_this_process_leaves_nothing_open(path, cache_dir):
+    room = ctransformers_backend._objects._value
+    probe.check(write_llama_spm(path), Trial("ctransformers", CONTEXT_LENGTH), cache_dir)
+    assert ctransformers_backend._objects._value == room
 
 
 def test_another_build_of_the_library_is_tried_again(tmp_path):
