@@ -47,7 +47,7 @@ class Constraints:
             constraint = self._compiled.get(grammar)
         if constraint is None:
             constraint = Constraint(self._compiler.compile(grammar), self._vocab_size)
-            if constraint.stuck:
+            if constraint.stuck:  # its mask serves all copies
                 raise InvalidGrammar("Nothing that this model can write begins as the grammar wants.")
             with self._lock:
                 self._compiled.put(grammar, constraint, len(grammar.text))
@@ -64,8 +64,7 @@ class Constraint:
         self.complete = False
         self._matcher = matcher
         self._num_bytes = (vocab_size + 31) // 32 * 4
-        self._bits: NDArray[np.uint8] | None = None  # the mask, which is most of the work, once it is needed
-        self._look()
+        self._bits: NDArray[np.uint8] | None = None  # the mask, once it is needed: it is most of the work
 
     def copy(self) -> Constraint:
         copy = object.__new__(Constraint)
@@ -93,13 +92,8 @@ class Constraint:
         self._matcher.consume_token(token_id)
         self.complete = self._matcher.is_stopped() and not self._matcher.is_error()
         self._bits = None
-        if not self.complete:
-            self._look()
-
-    def _look(self) -> None:
-        """Where text is forced the mask is quick, and needed: it says how that is spelt, while a question allows any spelling."""
-        if self._matcher.compute_ff_bytes():
-            self._mask()
+        if not self.complete and self._matcher.compute_ff_bytes():
+            self._mask()  # quick where text is forced, and it says how that is spelt: a question allows any spelling
 
     def _mask(self) -> NDArray[np.uint8]:
         """Releases the GIL; its time is bounded by the library's limits on a token."""
