@@ -47,7 +47,7 @@ class Constraints:
             constraint = self._compiled.get(grammar)
         if constraint is None:
             constraint = Constraint(self._compiler.compile(grammar), self._vocab_size)
-            if constraint.stuck:  # its mask serves all copies
+            if constraint.stuck:
                 raise InvalidGrammar("Nothing that this model can write begins as the grammar wants.")
             with self._lock:
                 self._compiled.put(grammar, constraint, len(grammar.text))
@@ -65,6 +65,7 @@ class Constraint:
         self._matcher = matcher
         self._num_bytes = (vocab_size + 31) // 32 * 4
         self._bits: NDArray[np.uint8] | None = None  # the mask, once it is needed: it is most of the work
+        self._mask()  # the first one serves all copies
 
     def copy(self) -> Constraint:
         copy = object.__new__(Constraint)
