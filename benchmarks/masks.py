@@ -1,9 +1,9 @@
 """python -m benchmarks.masks: what part of a decode step grammars take, and what others feel of new ones. Default model, each library.
 
-The first table has the CPU time within `Constraint`, of the time from prompts to ends; where streams have passes of their own, of as
-many cores' time as they can use. The limit is for JSON; a grammar of words alone is the hardest known, for most of a vocabulary
-may follow at each place. The second table has the gaps between the tokens of a stream that has no grammar while clients come whose
-schemas, large and never seen before, are checked and compiled.
+The first table has what a token's choice and what it means (`Sequence`) take more of CPU time than without a grammar, of the time from
+prompts to ends; where streams have passes of their own, of as many cores' time as they can use. A grammar of words alone is the
+hardest known, for most of a vocabulary may follow at each place. The second table has the gaps between the tokens of a stream that
+has no grammar while clients come whose schemas, large and never seen before, are checked and compiled.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from benchmarks.__main__ import CORES
 from benchmarks.sampling import Stopwatch
 from llmserve.config import DEFAULT_MODEL, load
-from llmserve.engine.constraint import Constraint
 from llmserve.engine.engine import Engine
-from llmserve.engine.generation import Delta, GenerationParams, Grammar, SamplingParams
+from llmserve.engine.generation import ChoiceEnd, Delta, GenerationParams, Grammar, SamplingParams
 from llmserve.engine.grammar import check
+from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.models.loading import Loader, has_llamacpp
 
@@ -44,6 +45,11 @@ GRAMMARS = {
     "words, by a regular expression": Grammar("regex", "([a-z]{2,9} ){60}"),
     "words, by a Lark grammar": Grammar("lark", 'start: (WORD " "){60}\nWORD: /[a-zA-Z]{2,9}/'),
 }
+KINDS = {
+    "temperature 1.2": SamplingParams(1.2),
+    "greedy": SamplingParams(0),
+    "temperature 0.8, top_p 0.95": SamplingParams(0.8, top_p=0.95),
+}
 BESIDE, PLAIN_TOKENS = 40, 200
 
 
@@ -51,19 +57,30 @@ def prompt(engine: Engine, text: str) -> list[int]:
     return engine.tokenizer.encode(engine.chat_template.render([{"role": "user", "content": text}]))
 
 
-def share(engine: Engine, grammar: Grammar, num_streams: int, stopwatch: Stopwatch) -> float:
-    """Of the time from the first submit to the last token."""
-    stopwatch.seconds, begun = 0.0, time.perf_counter()
+class Spent(NamedTuple):
+    """CPU seconds for the choice of tokens, the seconds from the first submit to the last token, and the tokens."""
+
+    choosing: float
+    passed: float
+    num_tokens: int
+
+
+def spend(engine: Engine, grammar: Grammar | None, sampling: SamplingParams, num_streams: int, stopwatch: Stopwatch) -> Spent:
+    stopwatch.seconds, begun, num_tokens = 0.0, time.perf_counter(), 0
     prompt_ids = prompt(engine, "Describe a town by the sea in JSON.")
-    params = [
-        GenerationParams(TOKENS, sampling=SamplingParams(temperature=1.2, seed=seed), grammar=grammar)
-        for seed in range(num_streams)
-    ]
+    params = [GenerationParams(TOKENS, sampling=sampling._replace(seed=seed), grammar=grammar) for seed in range(num_streams)]
     for generation in [engine.submit(prompt_ids, each) for each in params]:
-        for _ in generation.events(timeout=600):
-            pass
+        for event in generation.events(timeout=600):
+            num_tokens += event.num_output_tokens if isinstance(event, ChoiceEnd) else 0
+    return Spent(stopwatch.seconds, time.perf_counter() - begun, num_tokens)
+
+
+def share(engine: Engine, grammar: Grammar, sampling: SamplingParams, num_streams: int, stopwatch: Stopwatch) -> float:
+    """What the grammar takes, of the time from the first submit to the last token."""
+    free = spend(engine, None, sampling, num_streams, stopwatch)
+    within = spend(engine, grammar, sampling, num_streams, stopwatch)
     at_once = 1 if engine.info.name == "llamacpp" else min(num_streams, CORES)
-    return stopwatch.seconds / (at_once * (time.perf_counter() - begun))
+    return (within.choosing - within.num_tokens * free.choosing / free.num_tokens) / (at_once * within.passed)
 
 
 def new_schemas(number: int) -> Iterator[Grammar]:
@@ -112,16 +129,19 @@ def open_engine(library: str) -> Engine:
 
 def main() -> None:
     stopwatch = Stopwatch(time.thread_time)
-    Constraint.apply = stopwatch.around(Constraint.apply)  # type: ignore[method-assign]
-    Constraint.advance = stopwatch.around(Constraint.advance)  # type: ignore[method-assign]
+    Sequence.sample = stopwatch.around(Sequence.sample)  # type: ignore[method-assign]
+    Sequence.append = stopwatch.around(Sequence.append)  # type: ignore[method-assign]
     for library in ["ctransformers", *["llamacpp"] * has_llamacpp()]:
         engine = open_engine(library)
-        print(f"| {library} | share of a step, {ROUNDS} rounds |\n|---|---|")
+        print(f"| {library}, share of a step in {ROUNDS} rounds | " + " | ".join(KINDS) + " |")
+        print("|---" * (1 + len(KINDS)) + "|")
         for name, grammar in GRAMMARS.items():
             for num_streams in STREAMS:
-                shares = sorted(share(engine, grammar, num_streams, stopwatch) for _ in range(ROUNDS))
-                shown = f"{shares[ROUNDS // 2]:.1%} ({shares[0]:.1%} – {shares[-1]:.1%})"
-                print(f"| {name}, {num_streams} at once | {shown} |", flush=True)
+                shown = []
+                for sampling in KINDS.values():
+                    shares = sorted(share(engine, grammar, sampling, num_streams, stopwatch) for _ in range(ROUNDS))
+                    shown.append(f"{shares[ROUNDS // 2]:.1%} ({shares[0]:.1%} – {shares[-1]:.1%})")
+                print(f"| {name}, {num_streams} at once | " + " | ".join(shown) + " |", flush=True)
         alone, _ = gaps(engine, iter(()))
         beside, compiled = gaps(engine, new_schemas(0))
         print(f"\n| {library} | typical gap | 99 % | longest |\n|---|---|---|---|")

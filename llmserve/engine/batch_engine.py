@@ -42,8 +42,6 @@ _LEAST_SHARED_AT_FIRST = 32
 _COPY_RATE = 2e9
 """Bytes per second of cells, which are copied as a whole, however few of them are in use. A modest one: to read is certain to be right."""
 
-_NO_TOKEN = -1
-
 MOST_CHUNKS = 2
 """Prefill chunks in a pass while many more sequences read their prompts than wait for their next token: the sooner all decode, the better."""
 
@@ -365,7 +363,7 @@ class BatchEngine(Engine):
         if num_wrong:
             self._truncate(lane, len(lane.token_ids) - num_wrong)
 
-    def _sample(self, lane: _Lane, logits: Logits) -> int:
+    def _sample(self, lane: _Lane, logits: Logits) -> int | None:
         """Choose the next token of a lane and say what it means. One that may have none is complete as it is."""
         choice, sequence = lane.choice, lane.sequence
         assert choice is not None and sequence is not None
@@ -373,12 +371,13 @@ class BatchEngine(Engine):
         if lane.reading:
             lane.reading = False
             job.prefill_time = job.prefill_time or self._clock() - job.started
-        token_id = _NO_TOKEN
+        token_id = None
         if sequence.finish_reason is None:
             token_id = sequence.sample(logits)
             if delta := sequence.append(token_id):
                 job.generation.publish(delta)
         if sequence.finish_reason is None:
+            assert token_id is not None
             lane.pending = [token_id]
             self._look_up(lane, token_id)
             return token_id

@@ -1,4 +1,7 @@
-"""The tokens that a grammar allows next, as a mask over scores. Knows nothing of how grammars are written or answers made."""
+"""The tokens that a grammar allows next: one that is asked about, or all, as a mask over scores.
+
+Knows nothing of how grammars are written or tokens chosen.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmserve.engine.backend import Logits
 from llmserve.engine.generation import Grammar
@@ -53,37 +57,53 @@ class Constraints:
 class Constraint:
     """Where one sequence is in its grammar. Not thread-safe: a sequence owns it.
 
-    `complete`: the grammar allows nothing more. `stuck`: nothing the vocabulary could write goes on, or only with more work
-    than a token may take.
+    `complete`: the grammar allows nothing more.
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self.complete = False
-        self.stuck = False
         self._matcher = matcher
-        self._bits = np.zeros((vocab_size + 31) // 32 * 4, dtype=np.uint8)
-        self._find_allowed()
+        self._num_bytes = (vocab_size + 31) // 32 * 4
+        self._bits: NDArray[np.uint8] | None = None  # the mask, once it is needed: it is most of the work
+        self._mask()  # the first one serves all copies
 
     def copy(self) -> Constraint:
         copy = object.__new__(Constraint)
-        copy.__dict__.update(self.__dict__, _matcher=self._matcher.deep_copy(), _bits=self._bits.copy())
+        copy.__dict__.update(self.__dict__, _matcher=self._matcher.deep_copy())
         return copy
+
+    @property
+    def stuck(self) -> bool:
+        """Nothing the vocabulary could write goes on, or only with more work than a token may take. Makes the mask."""
+        return not self._mask().any()
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next: microseconds, and no mask is made for it."""
+        if self._bits is None:
+            return self._matcher.validate_tokens([token_id]) == 1
+        return bool(self._bits[token_id // 8] >> token_id % 8 & 1)
 
     def apply(self, logits: Logits) -> Logits:
         """A copy of scores of shape (vocab_size,) with -inf where the grammar does not allow the token."""
-        mask: Logits = _SCORES_OF_BITS.take(self._bits, axis=0).ravel()
+        mask: Logits = _SCORES_OF_BITS.take(self._mask(), axis=0).ravel()
         return logits + mask[: len(logits)]
 
     def advance(self, token_id: int) -> None:
         """Take a token that was allowed and is no EOS."""
         self._matcher.consume_token(token_id)
         self.complete = self._matcher.is_stopped() and not self._matcher.is_error()
-        if not self.complete:
-            self._find_allowed()
+        self._bits = None
+        if not self.complete and self._matcher.compute_ff_bytes():
+            self._mask()  # quick where text is forced, and it says how that is spelt: a question allows any spelling
 
-    def _find_allowed(self) -> None:
+    def _mask(self) -> NDArray[np.uint8]:
         """Releases the GIL; its time is bounded by the library's limits on a token."""
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error() or not self._bits.any():
-            self.stuck = True
-            log.warning("a grammar got stuck: %s", self._matcher.get_error().partition("\n")[0])
+        if self._bits is None:
+            bits = np.zeros(self._num_bytes, dtype=np.uint8)
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            if self._matcher.is_error():
+                bits[:] = 0
+            if not bits.any():
+                log.warning("a grammar got stuck: %s", self._matcher.get_error().partition("\n")[0])
+            self._bits = bits
+        return self._bits

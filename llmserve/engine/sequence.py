@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from collections.abc import Set
 
 import numpy as np
 
@@ -50,21 +51,37 @@ class Sequence:
         """Most tokens it may still get."""
         return self._params.max_tokens - self.num_output_tokens
 
-    def sample(self, logits: Logits) -> int:
-        """The next token id from the model's own scores, which are left as they are."""
-        scores = logits if self._constraint is None else self._constraint.apply(logits)
-        if self._params.ignore_eos or self.num_output_tokens < self._params.min_tokens:
-            scores = self._without_ends(scores)
-        token_id = self._sampler.sample(scores)
-        if self._scorer is not None:
+    def sample(self, logits: Logits) -> int | None:
+        """The next token id from the model's own scores, which are left as they are; None if the grammar lets none follow."""
+        token_id = self._sample(logits)
+        if self._scorer is not None and token_id is not None:
             self._score = self._scorer.score(logits, token_id)
         return token_id
 
-    def append(self, token_id: int) -> Delta | None:
-        """Take the sampled id; what is certain now, often nothing. Sets `finish_reason` when it was the last one.
+    def _sample(self, logits: Logits) -> int | None:
+        constraint, barred = self._constraint, self._barred_ends()
+        if constraint is None:
+            return self._sampler.sample(_without(barred, logits))
+        return self._sampler.sample_within(
+            logits,
+            lambda token_id: token_id not in barred and constraint.allows(token_id),
+            lambda scores: _without(barred, constraint.apply(scores)),
+        )
+
+    def _barred_ends(self) -> Set[int]:
+        """Tokens that would end the sequence and may not yet, unless nothing else is left."""
+        if self.num_output_tokens < self._params.min_tokens:
+            return self._ends
+        return self._tokenizer.eos_token_ids if self._params.ignore_eos else frozenset()
+
+    def append(self, token_id: int | None) -> Delta | None:
+        """Take what was sampled; what is certain now, often nothing. Sets `finish_reason` when it was the last one.
 
         An EOS token ends the sequence and is no part of it: neither its text nor its count.
         """
+        if token_id is None:
+            self.finish_reason = FinishReason.LENGTH
+            return self._delta(self._flush())
         if token_id in self._ends:
             self.finish_reason = FinishReason.STOP
             return self._delta(self._flush())
@@ -73,7 +90,9 @@ class Sequence:
         if self._stop_matcher.matched is not None:
             self.finish_reason = FinishReason.STOP
         elif self._constraint is not None:
-            self._advance(self._constraint, token_id)
+            self._constraint.advance(token_id)
+            if self._constraint.complete:
+                self.finish_reason = FinishReason.STOP
         if self.finish_reason is None and self.num_output_tokens >= self._params.max_tokens:
             self.finish_reason = FinishReason.LENGTH
         if self.finish_reason is not None and self._stop_matcher.matched is None:
@@ -86,14 +105,6 @@ class Sequence:
             self._ledger.push(self._score, text, self._detokenizer.num_pending)
         return text if self.num_output_tokens <= self._params.min_tokens else self._stop_matcher.push(text)
 
-    def _advance(self, constraint: Constraint, token_id: int) -> None:
-        """Take the id in the grammar too."""
-        constraint.advance(token_id)
-        if constraint.complete:
-            self.finish_reason = FinishReason.STOP
-        elif constraint.stuck:
-            self.finish_reason = FinishReason.LENGTH
-
     def _flush(self) -> str:
         text = self._stop_matcher.push(self._detokenizer.flush())
         return text if self._stop_matcher.matched is not None else text + self._stop_matcher.flush()
@@ -104,10 +115,11 @@ class Sequence:
             text, tokens = self._ledger.release(text) if self.finish_reason is None else self._ledger.end(text)
         return Delta(self.index, text, tokens) if text or tokens else None
 
-    def _without_ends(self, scores: Logits) -> Logits:
-        """Scores with which no token ends the sequence, unless nothing else is left."""
-        others = scores.copy()
-        others[
-            list(self._tokenizer.eos_token_ids if self.num_output_tokens >= self._params.min_tokens else self._ends)
-        ] = -np.inf
-        return others if np.isfinite(others.max()) else scores
+
+def _without(token_ids: Set[int], scores: Logits) -> Logits:
+    """Scores with which none of these is chosen, unless nothing else is left."""
+    if not token_ids:
+        return scores
+    others = scores.copy()
+    others[list(token_ids)] = -np.inf
+    return others if np.isfinite(others.max()) else scores

@@ -96,6 +96,7 @@ class SlotEngine(Engine):
             if delta := sequence.append(token_id):
                 job.generation.publish(delta)
             if sequence.finish_reason is None:
+                assert token_id is not None
                 logits = self._forward(slot, job, [token_id])
         job.num_output_tokens += sequence.num_output_tokens
         job.generation.publish(ChoiceEnd(index, sequence.finish_reason, sequence.num_output_tokens))

@@ -58,6 +58,26 @@ def test_only_what_the_grammar_allows_may_follow(grammar, text, expected):
     assert allowed(after(text, grammar)) == expected
 
 
+def test_one_token_is_asked_about_and_no_mask_is_made():
+    constraint = after("a", Grammar("regex", "a[a-z]+!"))
+    constraint.advance(ord("b"))
+    assert [constraint.allows(token_id) for token_id in (*b"z!A", EOS)] == [True, True, False, False]
+    assert constraint._bits is None
+
+
+def test_a_question_is_answered_as_the_mask_says_where_text_is_spelt_in_one_way_only():
+    tokenizer = byte_tokenizer()
+    tokenizer._pieces[200] = b"ell"
+    tokenizer.tokenize = lambda data: [ord("h"), 200, ord("o")] if data == b"hello" else list(data)
+    constraint = Constraints(tokenizer).get(Grammar("regex", "[0-9]hello")).copy()
+    for token_id in (ord("7"), ord("h"), 200, ord("o")):
+        assert constraint.copy().allows(token_id)
+        assert allowed(constraint) == {token_id} | ({*b"0123456789"} if token_id == ord("7") else set())
+        assert not constraint.allows(ord("e"))
+        constraint.advance(token_id)
+    assert constraint.complete
+
+
 def test_the_end_is_known_when_nothing_may_follow():
     assert not after('{"a": 1', AB).complete
     assert after('{"a": 1}', AB).complete
@@ -152,6 +172,23 @@ def test_a_cut_answer_says_so(engine):
     texts, reasons = run(engine, Grammar("regex", "a{9}"), max_tokens=4)
     assert (texts, reasons) == (["aaaa"], [FinishReason.LENGTH])
     assert run(engine, Grammar("regex", "a{4}"), max_tokens=4) == (["aaaa"], [FinishReason.STOP])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("rest", ["x", "[xy]"])
+def test_an_answer_is_cut_where_nothing_that_the_vocabulary_can_write_goes_on(engine, rest, temperature):
+    for letter in b"xy":
+        engine.tokenizer._pieces[letter] = b""
+    texts, reasons = run(engine, Grammar("regex", f"[ab]{{3}}{rest}"), temperature=temperature, stop=("a!", "b!"), logprobs=0)
+    assert (len(texts[0]), reasons) == (3, [FinishReason.LENGTH])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_ends_are_kept_off_within_a_grammar_while_anything_else_may_follow(engine, temperature):
+    assert run(engine, Grammar("regex", "a*"), max_tokens=9, temperature=temperature, min_tokens=9)[0] == ["a" * 9]
+    assert run(engine, Grammar("regex", "a*"), max_tokens=9, temperature=temperature, ignore_eos=True)[0] == ["a" * 9]
+    texts, reasons = run(engine, Grammar("lark", 'start: "aa" END?\nEND: /b/'), temperature=temperature, min_tokens=9)
+    assert (texts, reasons) == (["aab"], [FinishReason.STOP])
 
 
 def test_stop_strings_end_a_grammar_early(engine):

@@ -13,6 +13,7 @@ from llmserve.engine.generation import Grammar
 from tests.fakes import EOS, VOCAB_SIZE, byte_tokenizer
 
 CONSTRAINTS = Constraints(byte_tokenizer())
+PIECES = """{" "} "} ": ": {"a":1 "," ", 12 -1 19 00 "a "aa "b ab bc xx yy true true} nul ull null, [1 [{ [[ }] ]} \\" \\n \\u00 é" -0 200 20-0 T1 Z" :0""".split()
 LONGEST = 400  # bytes; an answer that is longer is cut
 NAMES = st.text("abcé 0_", min_size=1, max_size=4)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.text('ab"\\é\n', max_size=4))
@@ -123,6 +124,30 @@ def check(schema, seed):
 @given(SCHEMAS, st.integers(0, 2**32 - 1))
 def test_what_ends_by_itself_is_valid(schema, seed):
     check(schema, seed)
+
+
+@pytest.fixture(scope="module")
+def of_pieces():
+    """Constraints of a vocabulary that has pieces of several bytes as well, in the place of bytes that are no text."""
+    tokenizer = byte_tokenizer()
+    tokenizer._pieces[0x80 : 0x80 + len(PIECES)] = [piece.encode() for piece in PIECES]
+    return Constraints(tokenizer)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(SCHEMAS, st.integers(0, 2**32 - 1))
+def test_a_question_about_any_token_is_answered_as_the_mask_says(of_pieces, schema, seed):
+    rng = np.random.default_rng(seed)
+    constraint = of_pieces.get(Grammar("json_schema", json.dumps(schema))).copy()
+    for _ in range(30):
+        said = {token_id for token_id in range(VOCAB_SIZE) if constraint.allows(token_id)}
+        masked = {int(each) for each in np.flatnonzero(np.isfinite(constraint.apply(np.zeros(VOCAB_SIZE, dtype=np.float32))))}
+        assert said == masked
+        if constraint.stuck or said == {EOS}:
+            break
+        constraint.advance(int(rng.choice(sorted(said - {EOS}))))
+        if constraint.complete:
+            break
 
 
 def test_recursion_ends():

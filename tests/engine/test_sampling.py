@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.engine.generation import SamplingParams
+from llmserve.engine.constraint import Constraints
+from llmserve.engine.generation import Grammar, SamplingParams
 from llmserve.engine.sampling import Sampler
+from tests.fakes import VOCAB_SIZE, byte_tokenizer
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0], dtype=np.float32)
 
@@ -62,6 +64,63 @@ def test_draws_match_the_distribution_of_a_vocabulary_of_several_blocks():
     statistic, degrees = chi_square(np.bincount(groups, weights=observed), probabilities)
     assert degrees == 34
     assert statistic < 76.0  # 99.99 % quantile of chi-square with 34 degrees of freedom
+
+
+@pytest.mark.parametrize("num_others", [1, 4, 70], ids=["mostly asked", "asked and masked", "mostly masked"])
+@pytest.mark.parametrize("case", CASES)
+def test_draws_within_a_grammar_match_the_distribution_that_is_masked(case, num_others):
+    """Six letters are allowed; so many other tokens, each likelier than most of them, are not."""
+    params, probabilities = CASES[case]
+    sampler = Sampler(params, [])
+    begun = Constraints(byte_tokenizer()).get(Grammar("regex", "[0-9][a-f]+")).copy()
+    begun.advance(ord("0"))
+    scores = np.full(VOCAB_SIZE, -np.inf, dtype=np.float32)
+    scores[97:103] = LOGITS
+    scores[128 : 128 + num_others] = 0.6
+    observed = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for _ in range(4_000):
+        constraint = begun.copy()
+        observed[sampler.sample_within(scores, constraint.allows, constraint.apply)] += 1
+    assert observed.sum() == observed[97:103].sum()
+    statistic, degrees = chi_square(observed[97:103], probabilities)
+    assert statistic <= QUANTILES[degrees]
+
+
+def unasked(scores):
+    raise AssertionError("a mask is made that is not needed")
+
+
+@pytest.mark.parametrize("params", [SamplingParams(0), SamplingParams(1), SamplingParams(0.8, top_p=0.95)])
+def test_no_mask_is_made_where_the_likeliest_token_is_allowed_and_drawn(params):
+    logits = np.array([0, 1, 30, 0], dtype=np.float32)
+    assert Sampler(params, []).sample_within(logits, lambda token_id: token_id == 2, unasked) == 2
+
+
+@pytest.mark.parametrize("num_likelier", [0, 1, 3, 20])
+def test_greedy_within_a_grammar_is_the_likeliest_that_is_allowed(num_likelier):
+    scores = -np.arange(40, dtype=np.float32)
+    masked = np.where(np.arange(40) < num_likelier, -np.inf, scores)
+    sampler = Sampler(SamplingParams(temperature=0), [])
+    assert sampler.sample_within(scores, lambda token_id: token_id >= num_likelier, lambda _: masked) == num_likelier
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_where_a_mask_leaves_nothing_nothing_is_drawn(temperature):
+    sampler = Sampler(SamplingParams(temperature), [])
+    assert sampler.sample_within(LOGITS, lambda _: False, lambda scores: scores - np.float32(np.inf)) is None
+
+
+@pytest.mark.parametrize("temperature", [0, 0.2])
+def test_what_is_not_allowed_is_drawn_once(temperature):
+    asked = []
+    Sampler(SamplingParams(temperature), []).sample_within(LOGITS, lambda each: asked.append(each) or False, np.copy)
+    assert len(asked) == len(set(asked)) == 5
+
+
+def test_what_was_drawn_and_not_allowed_is_not_penalized():
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=1.5), [])
+    assert sampler.sample_within(LOGITS, lambda token_id: token_id == 1, unasked) == 1
+    assert [sampler.sample(LOGITS), sampler.sample(LOGITS)] == [0, 0]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 255, 256, 257, 1000])
@@ -131,18 +190,28 @@ def test_scores_that_are_no_numbers_are_an_error(bad, temperature):
         Sampler(SamplingParams(temperature=temperature), []).sample(np.array([0, bad, 1], dtype=np.float32))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     logits=st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=600),
+    share=st.floats(0, 1),
     temperature=st.floats(0.01, 2),
     top_k=st.integers(0, 700),
     top_p=st.floats(0, 1),
     min_p=st.floats(0, 1),
     seed=st.integers(0, 2**32),
 )
-def test_a_drawn_token_is_always_one_that_the_filters_leave(logits, temperature, top_k, top_p, min_p, seed):
+def test_a_drawn_token_is_always_one_that_the_filters_leave(logits, share, temperature, top_k, top_p, min_p, seed):
     scores = np.array(logits, dtype=np.float32)
-    token_id = Sampler(SamplingParams(temperature, top_p, top_k, min_p, seed=seed), []).sample(scores)
+    sampler = Sampler(SamplingParams(temperature, top_p, top_k, min_p, seed=seed), [])
+    if share < 0.5:
+        token_id = sampler.sample(scores)
+    else:  # within a grammar that allows a part of them
+        allowed = np.random.default_rng(seed).random(len(scores)) < share
+        allowed[seed % len(scores)] = True
+        masked = np.where(allowed, scores, np.float32(-np.inf))
+        token_id = sampler.sample_within(scores, allowed.__getitem__, lambda _: masked)
+        assert allowed[token_id]
+        scores = masked
     likelier = scores > scores[token_id] + np.float32(1e-4) * temperature  # beyond the rounding of exp
     assert not top_k or likelier.sum() < top_k
     assert softmax(scores, temperature)[likelier].sum() <= top_p + 1e-4

@@ -17,7 +17,7 @@ from llmserve.engine.tool_formats import (
     free_grammar,
     guided_grammar,
 )
-from tests.fakes import byte_tokenizer
+from tests.fakes import EOS, byte_tokenizer
 
 FUNCTIONS = (
     Function("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
@@ -36,14 +36,10 @@ def accepts(constraints, grammar, text):
     """Whether an answer may be this and end here."""
     constraint = constraints.get(Grammar("lark", grammar)).copy()
     for byte in text.encode():
-        if constraint.complete or constraint.stuck or not is_allowed(constraint, byte):
+        if constraint.complete or not constraint.allows(byte):
             return False
         constraint.advance(byte)
-    return constraint.complete or is_allowed(constraint, 256)
-
-
-def is_allowed(constraint, token_id):
-    return bool(constraint._bits[token_id // 8] >> token_id % 8 & 1)
+    return constraint.complete or constraint.allows(EOS)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +86,7 @@ def test_what_is_forced_is_read_as_a_call(constraints, form, name):
     constraint = constraints.get(Grammar("lark", forced_grammar(form, [function], parallel=False))).copy()
     text = bytearray()
     while not constraint.complete:  # there is one way only
-        (token_id,) = (token_id for token_id in range(256) if is_allowed(constraint, token_id))
+        (token_id,) = (token_id for token_id in range(256) if constraint.allows(token_id))
         text.append(token_id)
         constraint.advance(token_id)
     parser = OutputParser([name], forced=True)
