@@ -68,7 +68,7 @@ def test_one_token_is_asked_about_and_no_mask_is_made():
 def test_a_question_is_answered_as_the_mask_says_where_text_is_spelt_in_one_way_only():
     tokenizer = byte_tokenizer()
     tokenizer._pieces[200] = b"ell"
-    tokenizer.tokenize = lambda data: [ord("h"), 200, ord("o")] if data == b"hello" else list(data)
+    tokenizer.tokenize = text_by_text(lambda data: [ord("h"), 200, ord("o")] if data == b"hello" else list(data), list)
     constraint = Constraints(tokenizer).get(Grammar("regex", "[0-9]hello")).copy()
     for token_id in (ord("7"), ord("h"), 200, ord("o")):
         assert constraint.copy().allows(token_id)
