@@ -37,7 +37,7 @@ def _workloads(measured: dict[str, Measured], path: Path) -> None:
         key = WORKLOADS[name].key
         _bars(panel, each, key)
         panel.set_title(WORKLOADS[name].title, fontsize=8, wrap=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
 
 
 def _latencies(measured: dict[str, Measured], path: Path) -> None:
@@ -86,9 +86,10 @@ def _bars(panel: Axes, measured: Measured, key: str) -> None:
     below = [median - min(each) for median, each in zip(medians, values, strict=True)]
     above = [max(each) - median for median, each in zip(medians, values, strict=True)]
     colours = [_COLOURS[server] for server in servers]
-    bars = panel.barh(range(len(servers)), medians, xerr=[below, above], color=colours, error_kw={"lw": 1, "ecolor": "#333333"})
-    panel.bar_label(bars, [f" {median:.3g}" for median in medians], fontsize=7, label_type="center", color="white")
-    panel.set_yticks(range(len(servers)), servers, fontsize=7)
+    panel.barh(range(len(servers)), medians, xerr=[below, above], color=colours, error_kw={"lw": 1, "ecolor": "#333333"})
+    numbers = [f"{median:,.0f}" if median >= 100 else f"{median:.3g}" for median in medians]
+    labels = [f"{server}\n{number}" for server, number in zip(servers, numbers, strict=True)]
+    panel.set_yticks(range(len(servers)), labels, fontsize=7)  # beside the bars, some of which are too short for a number
     panel.invert_yaxis()
     panel.set_xlabel(f"{title} in {unit} ({'more' if unit.endswith('/s') else 'less'} is better)", fontsize=7)
 
