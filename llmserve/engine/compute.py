@@ -6,6 +6,7 @@ each other down thirtyfold. Every pass therefore leases its threads here first.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -330,8 +331,16 @@ def count_free_cores(cores: int, num_own: int = 1) -> int:
     From the number of runnable threads in /proc/loadavg (proc(5)), which counts the whole machine, like `os.cpu_count`.
     """
     try:
-        with open("/proc/loadavg", "rb") as file:
-            num_runnable = int(file.read().split()[3].partition(b"/")[0])
+        num_runnable = int(os.pread(_loadavg(), 64, 0).split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return cores
-    return (os.cpu_count() or cores) - max(0, num_runnable - num_own)
+    return (_cpu_count() or cores) - max(0, num_runnable - num_own)
+
+
+_cpu_count = functools.cache(os.cpu_count)  # 25 µs
+
+
+@functools.cache
+def _loadavg() -> int:
+    """Opened once, for every pass looks at it: 50 µs of a hundred less."""
+    return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import llama_cpp as library
 import numpy as np
+from numpy.typing import NDArray
 
 from llmserve.engine.backend import Logits, Piece
 
@@ -82,11 +83,12 @@ class LlamaCppBackend:
         self._vocab = library.llama_model_get_vocab(self._model)
         self.vocab_size = int(library.llama_vocab_n_tokens(self._vocab))
         self._batch = _Batch(batch_size)
-        self._outputs: list[range] = []
+        self._rows: list[range] = []  # of the last pass's scores, for each piece
+        self._scores: NDArray[np.float32] | None = None  # of the last pass: the library's own, once they are looked at
         self._threads = 0
 
     def forward(self, pieces: Sequence[Piece], threads: int) -> None:
-        self._outputs = self._batch.fill(pieces)
+        self._rows, self._scores = self._batch.fill(pieces), None
         if threads != self._threads:  # a call gives the GIL away, for a moment that may take long
             library.llama_set_n_threads(self._open(), threads, threads)
             self._threads = threads
@@ -95,9 +97,12 @@ class LlamaCppBackend:
             raise RuntimeError(f"the library could not evaluate the tokens (llama_decode: {outcome})")
 
     def logits(self, index: int, token: int = -1) -> Logits:
-        pointer = library.llama_get_logits_ith(self._open(), self._outputs[index][token])
-        address = ctypes.addressof(pointer.contents)
-        return np.ctypeslib.as_array((ctypes.c_float * self.vocab_size).from_address(address))
+        if self._scores is None:  # asked for once a pass: it takes 30 µs, and they lie one behind the other (llama.h)
+            address = ctypes.addressof(library.llama_get_logits(self._open()).contents)
+            shape = (self._rows[-1].stop, self.vocab_size)
+            self._scores = np.ctypeslib.as_array((ctypes.c_float * (shape[0] * shape[1])).from_address(address)).reshape(shape)
+        row: Logits = self._scores[self._rows[index][token]]
+        return row
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         if not library.llama_memory_seq_rm(self._memory, sequence, num_tokens or -1, -1):
@@ -187,8 +192,8 @@ class _Batch:
         )
 
     def fill(self, pieces: Sequence[Piece]) -> list[range]:
-        """Describe the pieces; where the tokens of each one are."""
-        end, places = 0, []
+        """Describe the pieces; which rows of the scores are of each one's tokens."""
+        end, rows, num_rows = 0, [], 0
         for piece in pieces:
             begin, end = end, end + len(piece.token_ids)
             if end > len(self._tokens):  # the library would abort the process
@@ -198,9 +203,10 @@ class _Batch:
             self._sequences[begin:end] = piece.sequence
             self._wanted[begin:end] = piece.wants_all
             self._wanted[end - 1] = piece.wants_logits or piece.wants_all
-            places.append(range(begin, end))
+            rows.append(range(num_rows, num_rows + (end - begin if piece.wants_all else int(piece.wants_logits))))
+            num_rows = rows[-1].stop
         self.struct.n_tokens = end
-        return places
+        return rows
 
 
 def _model_params(settings: LlamaCppSettings) -> Any:

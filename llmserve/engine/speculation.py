@@ -100,13 +100,11 @@ class PassCost:
     """How the time of a pass grows with its tokens: in proportion to 1 + slope · tokens, fitted to what was seen. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._slope = _SLOPE_AT_FIRST
         self._typical: dict[int, _Typical] = {}  # by the size of the pass: between a power of two and the next
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from a pass."""
         self._typical.setdefault(num_tokens.bit_length(), _Typical(num_tokens)).add(num_tokens, seconds)
-        self._fit()
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -117,21 +115,22 @@ class PassCost:
     @property
     def share(self) -> float:
         """What a second token adds to a pass of one, as a part of what that takes. At most 1."""
-        return self._slope / (1 + self._slope)
+        slope = self._slope()
+        return slope / (1 + slope)
 
     def draft_length(self, accuracy: float) -> int:
         """How many guessed tokens, each right with `accuracy` if all before it are, make passes yield most for what they cost."""
-        accuracy = min(accuracy, _BEST_ACCURACY)
+        accuracy, share = min(accuracy, _BEST_ACCURACY), self.share
         length, tokens, cost, likelihood = 0, 1.0, 1.0, accuracy  # tokens that a pass yields on average
-        while length < _LONGEST_DRAFT and (tokens + likelihood) * cost > tokens * (cost + self.share):
-            length, tokens, cost, likelihood = length + 1, tokens + likelihood, cost + self.share, likelihood * accuracy
+        while length < _LONGEST_DRAFT and (tokens + likelihood) * cost > tokens * (cost + share):
+            length, tokens, cost, likelihood = length + 1, tokens + likelihood, cost + share, likelihood * accuracy
         return length
 
-    def _fit(self) -> None:
+    def _slope(self) -> float:
         """Least squares of the relative errors, as soon as passes of two sizes are known."""
         known = [typical for typical in self._typical.values() if typical.known]
         if len(known) < 2:
-            return
+            return _SLOPE_AT_FIRST
         weights = [1 / typical.num_tokens**2 for typical in known]
         tokens = _mean([typical.num_tokens for typical in known], weights)
         seconds = _mean([typical.seconds for typical in known], weights)
@@ -139,7 +138,7 @@ class PassCost:
         per_token = products / _mean([(typical.num_tokens - tokens) ** 2 for typical in known], weights)
         base = seconds - per_token * tokens
         least, most = _SLOPES
-        self._slope = min(max(per_token / base, least), most) if base > 0 else most
+        return min(max(per_token / base, least), most) if base > 0 else most
 
 
 class _Typical:
