@@ -158,7 +158,7 @@ class LlamaCppBackend:
             library.llama_free(self._context)
         if self._model:
             library.llama_model_free(self._model)
-        self._context = self._model = None
+        self._context = self._model = self._scores = None  # the scores were the context's
 
     def _params(self, settings: LlamaCppSettings) -> Any:
         """Of the context; a subclass may have others."""

@@ -103,6 +103,14 @@ def test_a_closed_model_is_an_error_and_closing_twice_is_none(path):
         backend.forward([Piece(0, 0, [1], True)], 1)
 
 
+def test_scores_that_were_looked_at_are_gone_with_the_model(path):
+    backend = LlamaCppBackend(path, 256, 1, 64, SETTINGS)
+    scores(backend, (0, 0, [1]))
+    backend.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        backend.logits(0)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3"])
 def test_architectures_that_ctransformers_does_not_know(tmp_path, architecture):
     backend = LlamaCppBackend(tiny_models.write_modern(tmp_path / "model.gguf", architecture), 256, 2, 64, SETTINGS)
