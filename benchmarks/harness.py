@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmserve.models.batch_model import BatchModel
 
 PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
 """Whose environment the servers are of."""
@@ -169,15 +172,15 @@ def model_path() -> Path:
     return Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="ctransformers")).model.path
 
 
-def batch_model() -> tuple[Path, bool]:
-    """The default model's file as llama.cpp runs it, and whether it does so with repacked weights."""
+def batch_model(**options: Any) -> BatchModel:
+    """The default model as llama.cpp runs it."""
     from llmserve.config import DEFAULT_MODEL, load
     from llmserve.models.batch_model import BatchModel
     from llmserve.models.loading import Loader
 
-    model = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp")).model
+    model = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp", **options)).model
     assert isinstance(model, BatchModel)
-    return model.path, model.repack
+    return model
 
 
 @dataclass(frozen=True)

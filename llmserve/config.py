@@ -142,6 +142,11 @@ class ModelSpec:
     prompt_lookup: bool = _option(
         True, _boolean, "guess tokens from the text so far and evaluate several in one pass, where that pays; llama.cpp only"
     )
+    weights: str = _option(
+        "auto",
+        _one_of("auto", "file", "q8_0"),
+        "as the file has them, or as Q8_0; auto is Q8_0 where that makes several tokens faster; llama.cpp only",
+    )
     kv_type: str = _option("f16", _one_of("f16", "f32", "q8_0", "q4_0"), "numbers of the KV cache; llama.cpp only")
     flash_attention: str = _option(
         "auto", _one_of("auto", "on", "off"), "fused attention; auto is on wherever the library can; llama.cpp only"

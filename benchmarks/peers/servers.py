@@ -57,8 +57,8 @@ NAMES = [LLMSERVE, *PEERS]
 
 
 def set_up(logs: Path, threads: int, slots: int) -> Setup:
-    path, repack = harness.batch_model()
-    return Setup(path, threads, slots, 2048, repack, logs)
+    model = harness.batch_model(weights="file")
+    return Setup(model.path, threads, slots, 2048, model.repack, logs)
 
 
 @contextmanager
@@ -84,9 +84,9 @@ def repacks(name: str, setup: Setup) -> bool:
 
 
 def describe(name: str, setup: Setup) -> str:
-    layout = "rearranged where the library can" if repacks(name, setup) else "as in the file"
+    layout = "rearranged where the library can" if repacks(name, setup) else "not rearranged"
     if name == LLMSERVE:
-        what = f"llmserve {version('llmserve')} on llama-cpp-python {version('llama-cpp-python')}"
+        what = f"llmserve {version('llmserve')} on llama-cpp-python {version('llama-cpp-python')}: {harness.batch_model().info.reason}"
     else:
         peer = PEERS[name]
         code = f"from importlib.metadata import version; print(version({peer.distribution!r}))"

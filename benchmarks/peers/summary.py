@@ -1,8 +1,8 @@
 """From what clients saw to figures.
 
 TTFT: request sent to first non-empty content. ITL: between two contents of a stream. E2E: request sent to last byte. Output
-rate: all completion tokens over the seconds from the first request sent to the last byte of all. Decode rate: a stream's tokens
-but the first over the seconds from its first to its last content. Goodput: requests per second that met `SLO`.
+rate: all completion tokens over the seconds from the first request sent to the last byte of all. Decode rate: all streams' tokens
+but each one's first over the seconds from its first to its last content, added up. Goodput: requests per second that met `SLO`.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ def summarize(trace: Trace) -> Summary:
     summary |= _percentiles("itl", [gap for stream in streams for gap in itls(stream)])
     summary |= _percentiles("e2e", [stream.total for stream in streams])
     summary |= _percentiles("disturbed_itl", disturbed_itls(trace.answers))
-    if rates := [rate for stream in streams if (rate := decode_rate(stream))]:
-        summary["decode_rate"] = statistics.median(rates)
+    if rate := decode_rate(streams):
+        summary["decode_rate"] = rate
     again = [answer.stream.total for answer in trace.answers if answer.role == "again"]
     return summary | ({"again_e2e": statistics.median(again)} if again else {})
 
 
-def decode_rate(stream: Stream) -> float:
-    """0 for an answer that came in one piece, as a remembered one does: it was not decoded."""
-    passed = stream.last - stream.first
-    return (stream.num_tokens - 1) / passed if passed else 0.0
+def decode_rate(streams: list[Stream]) -> float:
+    """Of those that did not come in one piece, as remembered answers do; 0 if there are none."""
+    decoded = [(stream.num_tokens - 1, stream.last - stream.first) for stream in streams if stream.last > stream.first]
+    seconds = sum(passed for _, passed in decoded)
+    return sum(tokens for tokens, _ in decoded) / seconds if seconds else 0.0
 
 
 def _percentiles(name: str, values: list[float]) -> Summary:

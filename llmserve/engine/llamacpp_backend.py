@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 """By the ids of enum ggml_type (ggml.h)."""
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 """By the values of enum llama_flash_attn_type (llama.h)."""
+
+_Q8_0 = 7
+"""Of enum llama_ftype (llama.h): all matrices in that type."""
 
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 """Of enum ggml_log_level (ggml.h). What it tells of a load is for those who look for a fault."""
@@ -168,6 +172,18 @@ class LlamaCppBackend:
         if not self._context:
             raise RuntimeError("the model is closed")
         return self._context
+
+
+def requantize(source: Path, target: Path) -> None:
+    """Write the model of `source` to `target` with weights in Q8_0 where they are matrices. Raises RuntimeError with the library's reason."""
+    _start()
+    _errors.lines = []
+    params = library.llama_model_quantize_default_params()
+    params.ftype = _Q8_0
+    params.allow_requantize = True
+    params.nthread = 1  # other models may be running
+    if library.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
+        raise _refusal()
 
 
 class _Batch:

@@ -6,15 +6,15 @@ of each kind; tests/models/test_adapt.py does it again. Weights are never change
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from llmserve.engine.gguf import GGUFFile, Strings, TensorInfo, Value, ValueType, pack_header
 from llmserve.errors import ModelFileError
-from llmserve.models.files import fingerprint, identity, publish, workspace
+from llmserve.models.files import derived
 
 ADAPTER_VERSION = 2
 """Goes up when `adapt` begins to write other files than before."""
@@ -98,15 +98,11 @@ def adapt(source: Path, gguf: GGUFFile, adaptation: Adaptation, cache_dir: Path)
     """
     if adaptation == Adaptation():
         return source
+    recipe = (ADAPTER_VERSION, adaptation)
     try:
-        state = identity(source)
-        key = fingerprint(state, ADAPTER_VERSION, adaptation)
-        target = cache_dir / "adapted" / fingerprint(os.fsencode(source.resolve())) / key / source.name
-        if not target.is_file():
-            _copy(source, state, _changed(gguf, adaptation), target)
+        return derived(source, cache_dir / "adapted", recipe, partial(_copy, source, _changed(gguf, adaptation)))
     except OSError as error:
         raise ModelFileError(f"{source.name} cannot be adapted for ctransformers: {error.strerror or error}.") from error
-    return target
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,21 +308,11 @@ def _placeholder_tokenizer(vocab_size: int) -> dict[str, tuple[Value, ValueType]
     }
 
 
-def _copy(source: Path, state: str, gguf: GGUFFile, target: Path) -> None:
-    """Write `gguf` and the data of `source`, whose identity is `state`, to `target`; remove the copies of its earlier states."""
-    folder = target.parent.parent  # of this source alone
-    with workspace(folder) as work:
-        if target.is_file():  # another was faster
-            return
-        copy = work / source.name
-        with open(source, "rb") as data, open(copy, "wb") as out:
-            out.write(pack_header(gguf))
-            data.seek(gguf.data_offset)
-            shutil.copyfileobj(data, out, _CHUNK)
-        if identity(source) != state or source.stat().st_size != gguf.size:
-            raise ModelFileError(f"{source.name} was changed while it was read.")
-        for stale in folder.iterdir():
-            if stale.is_dir() and stale != work:
-                shutil.rmtree(stale)
-        target.parent.mkdir()
-        publish(copy, target)
+def _copy(source: Path, gguf: GGUFFile, target: Path) -> None:
+    """Write `gguf` and the data of `source` to `target`."""
+    with open(source, "rb") as data, open(target, "wb") as out:
+        out.write(pack_header(gguf))
+        data.seek(gguf.data_offset)
+        shutil.copyfileobj(data, out, _CHUNK)
+    if source.stat().st_size != gguf.size:
+        raise ModelFileError(f"{source.name} was changed while it was read.")

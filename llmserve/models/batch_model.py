@@ -1,4 +1,4 @@
-"""From a model file to an engine on llama.cpp: open it once for all slots."""
+"""From a model file to an engine on llama.cpp: make weights of it that this processor is fast with, open it once for all slots."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer, Tokenizer, TokenizeText, text_by_text
 from llmserve.engine.vocabulary import Vocabulary
 from llmserve.errors import ModelFileError
-from llmserve.models import embed_model, probe
+from llmserve.models import embed_model, probe, requantize
 from llmserve.models.common import choose_context_length, make_chat_template
 from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
+_REQUANTIZED = "its weights were made Q8_0, for which the library has kernels of several tokens"
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 
 def prepare(spec: ModelSpec, source: Path, reason: str, cache_dir: Path) -> BatchModel | EmbeddingModel:
-    """Check a GGUF file. Raises ModelFileError."""
+    """Check a GGUF file, and requantize it where that pays. Slow on the first time. Raises ModelFileError."""
     header = gguf.read(source)
     architecture = header.get("general.architecture", str) or ""
     context_length = choose_context_length(spec, source, header.get(f"{architecture}.context_length", int) or 0)
     repack = not probe.no_repack_note(cache_dir).exists()
     if embed_model.is_wanted(spec, header):
         return embed_model.on_llamacpp(spec, source, header, context_length, repack, reason)
+    if requantize.is_wanted(spec, header, repack) and (path := requantize.requantize(source, cache_dir)) != source:
+        reason = f"{reason}; {_REQUANTIZED}"
+        return BatchModel(spec, path, gguf.read(path), context_length, repack, reason)
     return BatchModel(spec, source, header, context_length, repack, reason)
 
 

@@ -1,4 +1,7 @@
-"""Put a file into the cache folder whole or not at all, one maker at a time; and tell files apart without reading them."""
+"""Put a file into the cache folder whole or not at all, one maker at a time; and tell files apart without reading them.
+
+What is made of a model's file lies there beside what was made of others, and goes when the file has changed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from llmserve.errors import ModelFileError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +45,32 @@ def publish(file: Path, target: Path) -> None:
     _sync(file)
     os.replace(file, target)
     _sync(target.parent)
+
+
+def derived(source: Path, folder: Path, recipe: tuple[object, ...], make: Callable[[Path], None]) -> Path:
+    """The file in `folder` that was made of `source` by `recipe`: `make` makes it at a path it is given, once.
+
+    Threads and processes may want the same file at once: one makes it, the others wait. What was made of earlier states of
+    `source`, or by other recipes, is removed. Raises OSError, and ModelFileError when `source` changes meanwhile.
+    """
+    state = identity(source)
+    folder = folder / fingerprint(os.fsencode(source.resolve()))
+    target = folder / fingerprint(state, *recipe) / source.name
+    if target.is_file():
+        return target
+    with workspace(folder) as work:
+        if target.is_file():  # another was faster
+            return target
+        made = work / source.name
+        make(made)
+        if identity(source) != state:
+            raise ModelFileError(f"{source.name} was changed while it was read.")
+        for stale in folder.iterdir():
+            if stale.is_dir() and stale != work:
+                shutil.rmtree(stale)
+        target.parent.mkdir()
+        publish(made, target)
+    return target
 
 
 def identity(path: Path) -> str:

@@ -49,9 +49,17 @@ def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
     if verdict.exists():
         return
     log.info("probing %s", path.name)
-    arguments = json.dumps([str(path), *trial])
+    in_child("llmserve.models.probe", [str(path), *trial], path)
+    remember(verdict)
+
+
+def in_child(module: str, arguments: list[object], path: Path) -> None:
+    """Run a module that opens `path`, with its arguments as JSON, in a process that may die of it.
+
+    Raises ModelFileError with the last thing it said unless it ends with status 0; ModelCrashed when a signal ended it.
+    """
     # -u, and one pipe for all: C's stdio must not be buffered either, for what is in a buffer dies with its process.
-    command = [sys.executable, "-u", "-m", "llmserve.models.probe", arguments]
+    command = [sys.executable, "-u", "-m", module, json.dumps(arguments)]
     try:
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TIMEOUT, check=False
@@ -61,7 +69,14 @@ def probe(path: Path, trial: Trial, cache_dir: Path) -> None:
     if child.returncode:
         error = ModelCrashed if child.returncode < 0 else ModelFileError
         raise error(f"{path.name} cannot be loaded: {_reason(child).replace(str(path), path.name)}.")
-    remember(verdict)
+
+
+def be_a_child() -> None:
+    """For the process that `in_child` starts: leave no core file, and say the library's errors where they are looked for."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
 
 
 def check(path: Path, trial: Trial, cache_dir: Path) -> None:
@@ -80,10 +95,17 @@ def check(path: Path, trial: Trial, cache_dir: Path) -> None:
 
 def processor() -> str:
     """16 hexadecimal digits for what this machine's processors can do, on which depends what code of a library runs."""
+    flags = processor_flags()
+    return fingerprint(flags) if flags else fingerprint(platform.platform())
+
+
+def processor_flags() -> list[str]:
+    """The features of this machine's processors, where /proc/cpuinfo has them: of x86 ones on Linux."""
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return fingerprint([line for line in lines if line.startswith("flags")][:1])
-    return fingerprint(platform.platform())
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                return line.split()[2:]
+    return []
 
 
 def no_repack_note(cache_dir: Path) -> Path:
@@ -134,10 +156,8 @@ def _reason(child: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _main(arguments: str) -> None:
-    """The child: it prints what is wrong behind what the library has printed. Leaves no core file, and cleans nothing up."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """The child: it prints what is wrong behind what the library has printed. Cleans nothing up."""
+    be_a_child()
     path, *settings = json.loads(arguments)
     trial = Trial(*settings)
     try:
@@ -168,7 +188,6 @@ def _try_ctransformers(path: Path, trial: Trial) -> str:
 
 def _try_llamacpp(path: Path, trial: Trial) -> str:
     """What goes wrong, if anything, with one token and with several, for which the library has code of their own."""
-    logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
     from llmserve.engine.backend import Piece
     from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
@@ -186,7 +205,6 @@ def _try_llamacpp(path: Path, trial: Trial) -> str:
 
 def _try_llamacpp_embeddings(path: Path, trial: Trial) -> str:
     """What goes wrong, if anything, with the vector of a short text. The trial's model type is the pooling."""
-    logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
     from llmserve.engine.llamacpp_backend import LlamaCppSettings
     from llmserve.engine.llamacpp_embedder import LlamaCppEmbedder
 

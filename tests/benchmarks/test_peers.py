@@ -76,6 +76,10 @@ class TestFigures:
     def test_decoding_is_measured_without_the_first_token(self):
         assert summarize(Trace([Answer("", 0.0, stream(2.0, 2.5, 3.0, num_tokens=11))], 0.0))["decode_rate"] == 10.0
 
+    def test_the_decode_rate_of_several_streams_is_of_all_their_tokens_and_seconds(self):
+        answers = [Answer("", 0.0, stream(1.0, 2.0, num_tokens=11)), Answer("", 2.0, stream(1.0, 4.0, num_tokens=11))]
+        assert summarize(Trace(answers, 0.0))["decode_rate"] == 5.0
+
     def test_a_remembered_answer_has_no_decode_rate(self):
         assert "decode_rate" not in summarize(Trace([Answer("", 0.0, stream(0.01, num_tokens=64))], 0.0))
 
