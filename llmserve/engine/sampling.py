@@ -21,7 +21,7 @@ GREEDY_BELOW = 1e-4
 
 _MOST_DRAWS = 5
 """Before a mask is made. Where one takes longest, in grammars of words, the model's own choice is allowed three times in four."""
-_MOST_QUESTIONS = 64
+_MOST_QUESTIONS = 256
 _NEAR = math.log(4)
 """How far below a token in question (in nats) others are asked about. With these two, half of what is doubtful needs no mask."""
 
@@ -108,13 +108,23 @@ class Sampler:
         if np.count_nonzero(near) > _MOST_QUESTIONS:
             return None
         ids = np.flatnonzero(near)
-        allowed = [each for each in ids[np.argsort(-scores[ids], kind="stable")].tolist() if allows(each)]
-        rank = allowed.index(token_id)
-        weights = np.exp((scores[allowed] - scores[allowed[0]]) / params.temperature, dtype=np.float64)
-        if weights[rank] < params.min_p or (params.top_k and rank >= params.top_k):
+        ids = ids[np.argsort(-scores[ids], kind="stable")]
+        place = int(np.flatnonzero(ids == token_id)[0])
+        above = [each for each in ids[:place].tolist() if allows(each)]
+        if not above:
+            return True
+        weights = np.exp((scores[[*above, token_id]] - scores[above[0]]) / params.temperature, dtype=np.float64)
+        if weights[-1] < params.min_p or (params.top_k and len(above) >= params.top_k):
             return False
-        least = weights[: params.top_k or None].sum()  # that top_p is a part of
-        return True if not rank or weights[:rank].sum() < params.top_p * least else None
+        before, known = float(weights[:-1].sum()), float(weights.sum())  # known: what top_p is a part of is no less
+        num_left = (params.top_k or len(ids)) - len(above) - 1
+        for each in ids[place + 1 :].tolist():
+            if before < params.top_p * known or not num_left:
+                break
+            if allows(each):
+                known += math.exp((scores[each] - scores[above[0]]) / params.temperature)
+                num_left -= 1
+        return True if before < params.top_p * known else None
 
     def _count(self, token_id: int) -> int:
         if self._penalties is not None:
