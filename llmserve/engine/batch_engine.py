@@ -308,8 +308,8 @@ class BatchEngine(Engine):
     def _with_draft(self, lane: _Lane) -> list[tuple[_Lane, int]]:
         """The token of the only sequence there is, and what it will probably say next, as far as that pays."""
         if lane.lookup is not None and lane.sequence is not None:
-            wanted = self._pass_cost.draft_length(lane.lookup.accuracy)
-            draft = lane.lookup.draft(min(wanted, lane.sequence.num_left - 1, self._backend.batch_size - 1))
+            most = min(lane.sequence.num_left, self._backend.batch_size) - 1
+            draft = lane.lookup.draft(self._pass_cost.draft_length(lane.lookup.accuracies(most)))
             lane.pending += draft
             lane.num_drafted = len(draft)
         return [(lane, len(lane.pending))]
@@ -320,7 +320,8 @@ class BatchEngine(Engine):
         with self._passes.lease(num_tokens) as threads:
             begun = self._clock()
             self._backend.forward(pieces, threads)
-            self._pass_cost.observe(num_tokens, self._clock() - begun)
+            if len(pieces) == 1:  # those of several sequences read more cells: they tell nothing about drafts
+                self._pass_cost.observe(num_tokens, self._clock() - begun)
         for index, (lane, piece) in enumerate(zip((lane for lane, _ in batch), pieces, strict=True)):
             if lane.scorer is not None:
                 self._score(lane, lane.scorer, index, piece)

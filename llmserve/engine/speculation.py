@@ -11,21 +11,24 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-_MATCH = 3  # tokens that must be the same for what followed them to be guessed again
+import numpy as np
+
+_MATCH = 2  # tokens that must be the same for what followed them to be guessed again
 _NUM_PLACES = 8
 """Of one run of tokens that are remembered: of lines that begin alike, the text before them tells which one comes."""
-_LEVELS = (4, 8, 16, 32)
+_LEVELS = (3, 4, 8, 16, 32)
 """Tokens alike in a row that make a guess one of another kind: short matches are chance, long ones a copy."""
-_ACCURACIES_AT_FIRST = (0.3, 0.45, 0.7, 0.85, 0.95)
-_LEARNING_RATE = 0.1  # of an accuracy
+_ACCURACIES_AT_FIRST = (0.35, 0.6, 0.65, 0.85, 0.95, 0.97)
+_LEARNING_RATE = 0.05  # of an accuracy
 _BEST_ACCURACY = 0.99
 _LONGEST_DRAFT = 24  # tokens
+_LARGEST = 1 + _LONGEST_DRAFT  # of the passes that have one
 
-_SLOPE_AT_FIRST = 1.0
-_SLOPES = (0.25, 100.0)  # what is believed; less than the first was never seen on a CPU but in noise
 _KNOWN_AFTER = 3  # passes
+_FORGOTTEN_AFTER = 500  # passes of other sizes
 _PASS_RATE = 0.2  # of learning
 _LARGEST_STEP = 0.05  # of the time known, so that a pass that another program has held up changes little
+_FAR = 1e6  # tokens; more than any pass has
 
 
 class PromptLookup:
@@ -46,10 +49,16 @@ class PromptLookup:
         self._look_up()
         self._note(len(self._token_ids))
 
-    @property
-    def accuracy(self) -> float:
-        """How often the next guess is right, if there is one."""
-        return self._accuracies[_level(self._num_alike)]
+    def accuracies(self, max_tokens: int) -> list[float]:
+        """How often the tokens of a draft are right, each if all before it are; none where nothing is guessed.
+
+        A right guess makes the run of tokens that are alike a longer one: the next is as good as those behind such a run.
+        """
+        if self._next is None:
+            return []
+        least = self._accuracies[_level(self._num_alike)]
+        runs = range(self._num_alike, self._num_alike + min(max_tokens, _LONGEST_DRAFT))
+        return [max(least, self._accuracies[_level(num_alike)]) for num_alike in runs]
 
     def append(self, token_id: int) -> None:
         """Take the next token of the sequence."""
@@ -97,48 +106,65 @@ def _level(num_alike: int) -> int:
 
 
 class PassCost:
-    """How the time of a pass grows with its tokens: in proportion to 1 + slope · tokens, fitted to what was seen. Not thread-safe."""
+    """How long passes of one sequence take by the number of their tokens. Not thread-safe.
+
+    Kernels work on tiles of tokens: the time grows by steps, and a line through it is wrong just where a draft is to end. So every
+    size that a draft can give a pass is known by itself, larger ones together up to the next power of two. Passes take longer as a
+    text grows, and less again in the next one: a size that is used learns that; one that is not used, perhaps because it is thought
+    too dear, is forgotten after a while, and tried again if its neighbours promise something.
+    """
 
     def __init__(self) -> None:
-        self._typical: dict[int, _Typical] = {}  # by the size of the pass: between a power of two and the next
+        self._num_passes = 0
+        self._typical: dict[int, _Typical] = {}  # by the least of their sizes
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from a pass."""
-        self._typical.setdefault(num_tokens.bit_length(), _Typical(num_tokens)).add(num_tokens, seconds)
+        self._num_passes += 1
+        typical = self._typical.setdefault(_least_alike(num_tokens), _Typical(num_tokens))
+        typical.add(num_tokens, seconds)
+        typical.last_pass = self._num_passes
+        self._forget(self._num_passes - _FORGOTTEN_AFTER)
 
     @property
     def seconds_per_token(self) -> float | None:
         """In passes of the size in which a token costs least, as far as is known."""
-        known = [typical for typical in self._typical.values() if typical.known]
-        return min((typical.seconds / typical.num_tokens for typical in known), default=None)
+        return min((typical.seconds / typical.num_tokens for typical in self._known()), default=None)
 
-    @property
-    def share(self) -> float:
-        """What a second token adds to a pass of one, as a part of what that takes. At most 1."""
-        slope = self._slope()
-        return slope / (1 + slope)
+    def draft_length(self, accuracies: Sequence[float]) -> int:
+        """How many guessed tokens, right as often as is said of each if all before it are, make passes yield most for what they cost."""
+        if not accuracies:
+            return 0
+        best_cost, *costs = self._seconds(1 + len(accuracies))
+        best, best_tokens = 0, 1.0  # that a pass yields on average
+        tokens = likelihood = 1.0
+        for length, (accuracy, cost) in enumerate(zip(accuracies, costs, strict=True), start=1):
+            likelihood *= min(accuracy, _BEST_ACCURACY)
+            tokens += likelihood
+            if tokens * best_cost > best_tokens * cost:
+                best, best_tokens, best_cost = length, tokens, cost
+        return best
 
-    def draft_length(self, accuracy: float) -> int:
-        """How many guessed tokens, each right with `accuracy` if all before it are, make passes yield most for what they cost."""
-        accuracy, share = min(accuracy, _BEST_ACCURACY), self.share
-        length, tokens, cost, likelihood = 0, 1.0, 1.0, accuracy  # tokens that a pass yields on average
-        while length < _LONGEST_DRAFT and (tokens + likelihood) * cost > tokens * (cost + share):
-            length, tokens, cost, likelihood = length + 1, tokens + likelihood, cost + share, likelihood * accuracy
-        return length
+    def _seconds(self, max_tokens: int) -> list[float]:
+        """Of passes of 1, 2, … tokens: on a line between sizes that are known; beyond them, one more token is half a pass of one."""
+        known = sorted((typical.num_tokens, typical.seconds) for typical in self._known()) or [(1.0, 1.0)]
+        (first, least), (last, most) = known[0], known[-1]
+        sizes, seconds = zip((0.0, least / (1 + first)), *known, (_FAR, most * (1 + _FAR) / (1 + last)), strict=True)
+        found: list[float] = np.interp(range(1, max_tokens + 1), sizes, seconds).tolist()
+        return found
 
-    def _slope(self) -> float:
-        """Least squares of the relative errors, as soon as passes of two sizes are known."""
-        known = [typical for typical in self._typical.values() if typical.known]
-        if len(known) < 2:
-            return _SLOPE_AT_FIRST
-        weights = [1 / typical.num_tokens**2 for typical in known]
-        tokens = _mean([typical.num_tokens for typical in known], weights)
-        seconds = _mean([typical.seconds for typical in known], weights)
-        products = _mean([(typical.num_tokens - tokens) * (typical.seconds - seconds) for typical in known], weights)
-        per_token = products / _mean([(typical.num_tokens - tokens) ** 2 for typical in known], weights)
-        base = seconds - per_token * tokens
-        least, most = _SLOPES
-        return min(max(per_token / base, least), most) if base > 0 else most
+    def _known(self) -> list[_Typical]:
+        return [typical for typical in self._typical.values() if typical.count >= _KNOWN_AFTER]
+
+    def _forget(self, last_pass: int) -> None:
+        """What drafts of sizes that were not used since took. How fast prompts are read stays known."""
+        for size in [size for size, typical in self._typical.items() if size <= _LARGEST and typical.last_pass <= last_pass]:
+            del self._typical[size]
+
+
+def _least_alike(num_tokens: int) -> int:
+    """The least size of the passes that one of so many tokens is known with."""
+    return num_tokens if num_tokens <= _LARGEST else max(1 << num_tokens.bit_length() - 1, _LARGEST + 1)
 
 
 class _Typical:
@@ -147,21 +173,14 @@ class _Typical:
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = float(num_tokens)
         self.seconds = math.inf
-        self._count = 0
-
-    @property
-    def known(self) -> bool:
-        return self._count >= _KNOWN_AFTER
+        self.count = 0
+        self.last_pass = 0
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        self._count += 1
+        self.count += 1
         self.num_tokens += _PASS_RATE * (num_tokens - self.num_tokens)
-        if self._count <= _KNOWN_AFTER:
+        if self.count <= _KNOWN_AFTER:
             self.seconds = min(self.seconds, seconds)
         else:
             step = _LARGEST_STEP * self.seconds
             self.seconds += min(max(_PASS_RATE * (seconds - self.seconds), -step), step)
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

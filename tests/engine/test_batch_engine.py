@@ -65,7 +65,7 @@ def drafting(monkeypatch):
     """Draft as many tokens as one likes, whether it pays or not."""
 
     def set_length(num_tokens):
-        monkeypatch.setattr(PassCost, "draft_length", lambda self, accuracy: num_tokens)
+        monkeypatch.setattr(PassCost, "draft_length", lambda self, accuracies: min(num_tokens, len(accuracies)))
 
     return set_length
 
