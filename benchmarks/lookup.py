@@ -26,10 +26,17 @@ _SENTENCES = (
 
 
 def correction(number: int) -> str:
+    return f"Correct the spelling of this text and return it:\n\n{_text(number)}"
+
+
+def repetition(number: int) -> str:
+    return f"Repeat this text word for word:\n\n{_text(number)}"
+
+
+def _text(number: int) -> str:
     """Another order of the sentences each time."""
     first = number % len(_SENTENCES)
-    text = " ".join(_SENTENCES[first:] + _SENTENCES[:first])
-    return f"Correct the spelling of this text and return it:\n\n{text}"
+    return " ".join(_SENTENCES[first:] + _SENTENCES[:first])
 
 
 def code_edit(number: int) -> str:
@@ -42,13 +49,14 @@ def code_edit(number: int) -> str:
 KINDS: dict[str, tuple[Callable[[int], str], float, str]] = {
     "correction, greedy": (correction, 0.0, "≥ 1.5"),
     "code edit, greedy": (code_edit, 0.0, "≥ 1.5"),
+    "repetition, greedy": (repetition, 0.0, "≥ 1.5"),
     "correction, temperature 0.3": (correction, 0.3, "≥ 1.5"),
     "stories, greedy": (story, 0.0, "≥ 0.97"),
     "stories, temperature 1": (story, 1.0, "≥ 0.97"),
 }
 
 
-def figures(rounds: int = 5) -> Iterator[Figure]:
+def figures(rounds: int = 9) -> Iterator[Figure]:
     options = {"engine": "llamacpp", "slots": 2}
     tables = harness.model_table("with", **options) + harness.model_table("without", prompt_lookup=False, **options)
     with harness.llmserve(tables) as server:
