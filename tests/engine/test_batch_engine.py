@@ -319,6 +319,17 @@ def test_an_answer_ends_in_the_middle_of_a_draft(engine_of, drafting, said, expe
     assert bytes(backend.held[0][len(prompt_ids) :]).decode().startswith(expected[:-1])
 
 
+def test_only_passes_of_one_sequence_teach_what_a_draft_costs(engine_of, monkeypatch):
+    seen = []
+    monkeypatch.setattr(PassCost, "observe", lambda self, num_tokens, seconds: seen.append(num_tokens))
+    backend = FakeBatchBackend()
+    engine = engine_of(backend)
+    for generation in [submit(engine, [number] * 5) for number in range(1, 5)] + [submit(engine, [9] * 70)]:
+        text_of(generation)
+    assert max(map(len, backend.passes)) > 1
+    assert len(seen) == sum(len(pieces) == 1 for pieces in backend.passes)
+
+
 def test_without_prompt_lookup_every_pass_has_one_token_of_a_sequence(engine_of, drafting):
     drafting(6)
     backend = FakeBatchBackend(ramble)
