@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmserve.engine.generation import Grammar
-from llmserve.engine.json_schema import subschemas
+from llmserve.engine.json_schema import subschemas, with_real_dates
 from llmserve.errors import InvalidGrammar
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _WHITESPACE})
+        schema = json.dumps(with_real_dates(json.loads(grammar.text)))
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
     return LLMatcher.grammar_from_regex(grammar.text) if grammar.kind == "regex" else LLMatcher.grammar_from_lark(grammar.text)
 
 

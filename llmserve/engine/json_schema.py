@@ -1,16 +1,16 @@
-"""JSON schemas as values: what they are made of, and their objects closed. Knows no library and no grammar."""
+"""JSON schemas as values: what they are made of, their objects closed, their dates real. Knows no library and no grammar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 JSON = Any
 
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
-_LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
+_LISTED = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
-"""Keywords whose values are schemas, by what holds them."""
+"""Keywords whose values are schemas, by what holds them. `items` was a list too, up to draft 2019-09."""
 
 _OPEN = frozenset(("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"))
 """Keywords that speak of members which `properties` does not name."""
@@ -18,16 +18,25 @@ _OPEN = frozenset(("additionalProperties", "patternProperties", "unevaluatedProp
 _REFERRING = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
 _SHAPING = _REFERRING | {"properties", "patternProperties", "additionalProperties", "required", "items", "prefixItems"}
 
+_LEAP = "(?:0[48]|[2468][048]|[13579][26])"  # 04 to 96, of a year's last two digits or, before 00, of its first two
+_YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+_DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"  # of any year
+_DATE = f"(?:{_YEAR}-{_DAY}|(?:[0-9]{{2}}{_LEAP}|{_LEAP}00)-02-29)"
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-]{_HOUR})"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
+"""By format: RFC 3339 from year 1 on, in either case as there, without leap seconds, which most readers refuse."""
+
 
 def subschemas(schema: dict[str, JSON]) -> Iterator[tuple[str, dict[str, JSON]]]:
     """The parts of a schema that are schemas, each with the step that leads to it, as ".properties.tags"."""
     for name, value in schema.items():
-        if name in _SINGLE:
-            parts = [(f".{name}", value)]
-        elif name in _NAMED and isinstance(value, dict):
+        if name in _NAMED and isinstance(value, dict):
             parts = [(f".{name}.{key}", part) for key, part in value.items()]
         elif name in _LISTED and isinstance(value, list):
             parts = [(f".{name}[{index}]", part) for index, part in enumerate(value)]
+        elif name in _SINGLE:
+            parts = [(f".{name}", value)]
         else:
             continue
         yield from ((step, part) for step, part in parts if isinstance(part, dict))
@@ -40,13 +49,37 @@ def without_others(schema: dict[str, JSON]) -> dict[str, JSON]:
     value of several schemas at once stays as it is: each of them would forbid what the others name. Where one of several
     objects is meant that differ in a member anyway, any of them is, which can be enforced for definitions too.
     """
-    return schema if _combines(schema, schema) else _closed(schema, schema)
+    if _combines(schema, schema):
+        return schema
+    closed: dict[str, JSON] = _rebuilt(schema, lambda part: _closed(part, schema))
+    return closed
 
 
-def _closed(schema: JSON, root: dict[str, JSON]) -> JSON:
+def with_real_dates(schema: JSON) -> JSON:
+    """A schema with patterns in the place of the formats "date", "time" and "date-time", where a string has no pattern of its own.
+
+    Who knows the formats only by their shape allows 29 February in any year.
+    """
+    return _rebuilt(schema, _dated)
+
+
+def _rebuilt(schema: JSON, change: Callable[[dict[str, JSON]], dict[str, JSON]]) -> JSON:
+    """What `change` makes of a schema, after it was made to each of its parts that are schemas."""
     if not isinstance(schema, dict):
         return schema
-    closed = {name: _closed_parts(name, value, root) for name, value in schema.items()}
+    return change({name: _rebuilt_parts(name, value, change) for name, value in schema.items()})
+
+
+def _rebuilt_parts(name: str, value: JSON, change: Callable[[dict[str, JSON]], dict[str, JSON]]) -> JSON:
+    if name in _NAMED and isinstance(value, dict):
+        return {key: _rebuilt(part, change) for key, part in value.items()}
+    if name in _LISTED and isinstance(value, list):
+        return [_rebuilt(part, change) for part in value]
+    return _rebuilt(value, change) if name in _SINGLE else value
+
+
+def _closed(schema: dict[str, JSON], root: dict[str, JSON]) -> dict[str, JSON]:
+    closed = dict(schema)
     named = _table(schema, "properties")
     required = map(str, _list(schema, "required"))
     if isinstance(schema.get("properties"), dict) and _OPEN.isdisjoint(schema) and all(name in named for name in required):
@@ -62,12 +95,11 @@ def _closed(schema: JSON, root: dict[str, JSON]) -> JSON:
     return closed
 
 
-def _closed_parts(name: str, value: JSON, root: dict[str, JSON]) -> JSON:
-    if name in _SINGLE:
-        return _closed(value, root)
-    if name in _NAMED and isinstance(value, dict):
-        return {key: _closed(part, root) for key, part in value.items()}
-    return [_closed(part, root) for part in value] if name in _LISTED and isinstance(value, list) else value
+def _dated(schema: dict[str, JSON]) -> dict[str, JSON]:
+    pattern = _PATTERNS.get(str(schema.get("format")))
+    if pattern is None or "pattern" in schema:
+        return schema
+    return {name: value for name, value in schema.items() if name != "format"} | {"pattern": pattern}
 
 
 def _combines(schema: dict[str, JSON], root: dict[str, JSON]) -> bool:

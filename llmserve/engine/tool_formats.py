@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llmserve.engine.json_schema import without_others
+from llmserve.engine.json_schema import with_real_dates, without_others
 
 JSON = Any
 
@@ -95,7 +95,7 @@ def guided_grammar(form: ToolFormat, functions: Sequence[Function], schema: str,
     """A Lark grammar of an answer that is JSON of a schema, given as its JSON, or else calls."""
     opener = f"{json.dumps(opening(form))} " if opening(form) else ""
     calls = forced_grammar(form, functions, parallel=parallel).removeprefix("start: ")
-    return f"start: answer | {opener}{calls}\nanswer: %json {json.dumps(json.loads(schema) | _COMPACT)}"
+    return f"start: answer | {opener}{calls}\nanswer: {_json(json.loads(schema))}"
 
 
 def free_grammar(form: ToolFormat, functions: Sequence[Function]) -> str:
@@ -114,13 +114,18 @@ def _call_rules(form: ToolFormat, functions: Sequence[Function], before: str = "
     for index, function in enumerate(functions):
         head = f'{before}{{"name": {json.dumps(function.name)}, "{form.key}": '
         rules.append(f'call_{index}: {json.dumps(head)} arguments_{index} "}}"')
-        rules.append(f"arguments_{index}: %json {json.dumps(_closed(function.schema))}")
+        rules.append(f"arguments_{index}: {_json(_closed(function.schema))}")
     return rules
 
 
 def _closed(schema: dict[str, JSON]) -> dict[str, JSON]:
-    """Arguments are an object whatever the schema leaves open, in a form that cannot grow by white space or made-up members."""
-    return {"type": "object", **without_others(schema), **_COMPACT}
+    """Arguments are an object whatever the schema leaves open, which cannot grow by made-up members."""
+    return {"type": "object", **without_others(schema)}
+
+
+def _json(schema: dict[str, JSON]) -> str:
+    """What a rule is made of whose JSON is valid by the schema, in a form that cannot grow by white space."""
+    return f"%json {json.dumps(with_real_dates(schema) | _COMPACT)}"
 
 
 def describe(functions: Sequence[Function]) -> str:

@@ -106,6 +106,7 @@ def test_a_grammar_is_compiled_once():
         (schema(type="array", uniqueItems=True), "", 'Unimplemented keys: ["uniqueItems"]'),
         (schema(properties={"a": {"anyOf": [{}, {"items": {"not": {}}}]}}), ".properties.a.anyOf[1].items", "Unimplemented"),
         (schema(**{"$ref": "#/$defs/x", "$defs": {"x": {"type": "wrong"}}}), ".$defs.x", "Invalid type: wrong"),
+        (schema(items={"type": "string", "format": "date", "not": {}}), ".items", 'Unimplemented keys: ["not"]'),
         (schema(type="integer", minimum=3, maximum=1), "", "minimum (3) is greater than maximum (1)"),
         (schema(**{"$ref": "#/$defs/x"}), "", "does not exist"),
         (Grammar("regex", "("), "", "unclosed group"),

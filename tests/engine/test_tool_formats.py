@@ -17,7 +17,8 @@ from llmserve.engine.tool_formats import (
     free_grammar,
     guided_grammar,
 )
-from tests.fakes import EOS, byte_tokenizer
+from tests.fakes import byte_tokenizer
+from tests.grammars import accepts
 
 FUNCTIONS = (
     Function("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
@@ -30,16 +31,6 @@ NOW = '{"name": "now", "arguments": {}}'
 @pytest.fixture(scope="module")
 def constraints():
     return Constraints(byte_tokenizer())
-
-
-def accepts(constraints, grammar, text):
-    """Whether an answer may be this and end here."""
-    constraint = constraints.get(Grammar("lark", grammar)).copy()
-    for byte in text.encode():
-        if constraint.complete or not constraint.allows(byte):
-            return False
-        constraint.advance(byte)
-    return constraint.complete or constraint.allows(EOS)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +52,7 @@ def accepts(constraints, grammar, text):
     ],
 )
 def test_a_forced_answer_is_right_calls_and_nothing_else(constraints, form, parallel, text, right):
-    assert accepts(constraints, forced_grammar(form, FUNCTIONS, parallel=parallel), text) == right
+    assert accepts(constraints, Grammar("lark", forced_grammar(form, FUNCTIONS, parallel=parallel)), text) == right
 
 
 @pytest.mark.parametrize(
@@ -76,7 +67,7 @@ def test_a_forced_answer_is_right_calls_and_nothing_else(constraints, form, para
     ],
 )
 def test_a_free_answer_may_be_anything_but_a_wrong_call(constraints, text, right):
-    assert accepts(constraints, free_grammar(HERMES, FUNCTIONS), text) == right
+    assert accepts(constraints, Grammar("lark", free_grammar(HERMES, FUNCTIONS)), text) == right
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -108,7 +99,7 @@ def test_what_is_forced_is_read_as_a_call(constraints, form, name):
     ],
 )
 def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema, text, right):
-    grammar = forced_grammar(LLAMA_3, [Function("f", "", schema)], parallel=False)
+    grammar = Grammar("lark", forced_grammar(LLAMA_3, [Function("f", "", schema)], parallel=False))
     assert accepts(constraints, grammar, f'{{"name": "f", "parameters": {text}}}') == right
 
 
@@ -125,4 +116,16 @@ def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema
 )
 def test_an_answer_may_be_of_a_schema_or_a_call(constraints, form, text, right):
     schema = '{"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false}'
-    assert accepts(constraints, guided_grammar(form, FUNCTIONS, schema, parallel=True), text) == right
+    grammar = Grammar("lark", guided_grammar(form, FUNCTIONS, schema, parallel=True))
+    assert accepts(constraints, grammar, text) == right
+
+
+@pytest.mark.parametrize(("day", "right"), [("2024-02-29", True), ("2023-02-29", False)])
+def test_dates_are_real_in_calls_and_beside_them(constraints, day, right):
+    schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}, "required": ["day"]}
+    functions = [Function("f", "", schema)]
+    forced = Grammar("lark", forced_grammar(HERMES, functions, parallel=False))
+    guided = Grammar("lark", guided_grammar(HERMES, functions, json.dumps(schema), parallel=False))
+    arguments = json.dumps({"day": day})
+    assert accepts(constraints, forced, f'{{"name": "f", "arguments": {arguments}}}\n</tool_call>') == right
+    assert accepts(constraints, guided, arguments) == right
