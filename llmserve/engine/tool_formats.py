@@ -110,10 +110,13 @@ def free_grammar(form: ToolFormat, functions: Sequence[Function]) -> str:
 
 
 def _call_rules(form: ToolFormat, functions: Sequence[Function], before: str = "") -> list[str]:
+    """A call's head is as many literals as JSON has tokens: what is one literal to the lexer ends no sooner, so that behind the
+    brace and quote that begin it no other object could go on.
+    """
     rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(functions)))]
     for index, function in enumerate(functions):
-        head = f'{before}{{"name": {json.dumps(function.name)}, "{form.key}": '
-        rules.append(f'call_{index}: {json.dumps(head)} arguments_{index} "}}"')
+        head = [f"{before}{{", '"name"', ": ", json.dumps(function.name), ", ", json.dumps(form.key), ": "]
+        rules.append(f'call_{index}: {" ".join(map(json.dumps, head))} arguments_{index} "}}"')
         rules.append(f"arguments_{index}: {_json(_closed(function.schema))}")
     return rules
 

@@ -103,21 +103,68 @@ def test_members_that_a_schema_does_not_name_are_not_made_up(constraints, schema
     assert accepts(constraints, grammar, f'{{"name": "f", "parameters": {text}}}') == right
 
 
+def written(form, *calls):
+    """Calls as an answer shows them that has them by choice."""
+    spelt = [call.replace("arguments", form.key) for call in calls]
+    if form.array:
+        return f"{form.opener}[{', '.join(spelt)}]"
+    if form.closer:
+        return "\n".join(f"{form.opener}\n{call}\n{form.closer}" for call in spelt)
+    return "; ".join(spelt)
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
-    ("form", "text", "right"),
+    ("schema", "text", "right"),
     [
-        (HERMES, '{"x": 1}', True),
-        (HERMES, f"<tool_call>\n{NOW}\n</tool_call>", True),
-        (HERMES, "Hello", False),
-        (HERMES, f"{NOW}\n</tool_call>", False),
-        (MISTRAL, f"[TOOL_CALLS][{NOW}]", True),
-        (LLAMA_3, NOW.replace("arguments", "parameters"), True),
+        ({"properties": {"x": {"type": "integer"}}, "additionalProperties": False}, '{"x": 1}', True),
+        ({"properties": {"x": {"type": "integer"}}, "additionalProperties": False}, '{"y": 1}', False),
+        ({"properties": {"x": {"type": "integer"}}, "additionalProperties": False}, "Hello", False),
+        ({"properties": {"name": {"type": "string"}}, "additionalProperties": False}, '{"name": "nowhere"}', True),
+        ({"properties": {"name": {"type": "string"}}, "additionalProperties": False}, '{"name": 1}', False),
+        ({"properties": {"name": {"enum": ["no", "now"]}, "x": {}}, "required": ["x"]}, '{"name": "no", "x": 1}', True),
+        ({"properties": {"name": {"type": "object"}}}, '{"name": {"name": "now"}}', True),
+        ({"type": "object"}, '{"names": 1}', True),
+        ({"type": "array"}, '[["TOOL_CALLS"]]', True),
+        ({"type": "array"}, "[]", True),
     ],
 )
-def test_an_answer_may_be_of_a_schema_or_a_call(constraints, form, text, right):
-    schema = '{"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false}'
-    grammar = Grammar("lark", guided_grammar(form, FUNCTIONS, schema, parallel=True))
+def test_beside_calls_an_answer_may_be_all_that_its_schema_allows(constraints, form, schema, text, right):
+    grammar = Grammar("lark", guided_grammar(form, FUNCTIONS, json.dumps({"type": "object"} | schema), parallel=True))
     assert accepts(constraints, grammar, text) == right
+    for call in (WEATHER, NOW):
+        assert accepts(constraints, grammar, written(form, call))
+
+
+def beside_name(form, *, parallel=True):
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "additionalProperties": False}
+    return Grammar("lark", guided_grammar(form, FUNCTIONS, json.dumps(schema), parallel=parallel))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "call", [NOW.replace("now", "nowhere"), NOW.replace("{}", '{"a": 1}'), WEATHER.replace('"Paris"', "1")]
+)
+def test_beside_an_answer_of_a_schema_calls_are_right_ones(constraints, form, call):
+    assert not accepts(constraints, beside_name(form), written(form, call))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_beside_an_answer_of_a_schema_there_are_several_calls_only_where_they_may_be(constraints, form, parallel):
+    assert accepts(constraints, beside_name(form, parallel=parallel), written(form, WEATHER, NOW)) == parallel
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_call_beside_an_answer_of_a_schema_is_read_as_one(form):
+    parser = OutputParser(["weather", "now"])
+    parts = parser.push(written(form, WEATHER, NOW)) + parser.flush()
+    assert [part for part in parts if isinstance(part, CallBegin)] == [CallBegin(0, "weather"), CallBegin(1, "now")]
+    assert all(isinstance(part, CallBegin | CallArguments) for part in parts)
+
+
+def test_a_call_that_has_an_opener_is_none_without_it_beside_an_answer_of_a_schema(constraints):
+    assert not accepts(constraints, beside_name(HERMES), f"{NOW}\n</tool_call>")
 
 
 @pytest.mark.parametrize(("day", "right"), [("2024-02-29", True), ("2023-02-29", False)])
