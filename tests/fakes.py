@@ -165,10 +165,12 @@ class FakeEmbedder:
     """A text's vector is its length, its first token id, and 0."""
 
     dimensions = 3
+    threads_linger = False
 
     def __init__(self, context_length: int = 16) -> None:
         self.context_length = context_length
         self.texts: list[bytes] = []
+        self.threads: list[int] = []
         self.closed = False
         self.on_forward: Callable[[], None] = lambda: None
 
@@ -176,6 +178,7 @@ class FakeEmbedder:
         assert not self.closed, "used after close"
         assert 0 < len(token_ids) <= self.context_length, "beyond the context"
         assert threads >= 1
+        self.threads.append(threads)
         self.texts.append(bytes(token_ids))
         self.on_forward()
         return np.array([len(token_ids), token_ids[0], 0], dtype=np.float32)

@@ -107,6 +107,8 @@ class BatchBackend(Protocol):
 class Embedder(Protocol):
     """What makes a vector of a text. Not thread-safe: one thread of an engine owns it."""
 
+    threads_linger: bool  # as of compute.Passes
+
     @property
     def dimensions(self) -> int: ...
 

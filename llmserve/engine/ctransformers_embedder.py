@@ -15,6 +15,8 @@ _CHUNK = 512  # tokens; the library aborts beyond
 class CTransformersEmbedder:
     """Not thread-safe, as `Embedder` says. `pooling` is "last", "mean" or "cls", which is the first token's."""
 
+    threads_linger = False
+
     def __init__(self, backend: CTransformersBackend, pooling: str) -> None:
         self._backend = backend
         self._pooling = pooling

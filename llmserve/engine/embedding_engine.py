@@ -36,6 +36,7 @@ class EmbeddingEngine(Engine):
         statistics: StatisticsCounter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.threads_linger = embedder.threads_linger
         super().__init__(info, 1, tokenizer, ChatTemplate(None), budget, settings, statistics, clock, vectors)
         self._embedder = embedder
         self._start_thread("llmserve-embed", self._serve)
@@ -70,11 +71,8 @@ class EmbeddingEngine(Engine):
         return None
 
     def _embed(self, token_ids: list[int]) -> Vector:
-        threads = self._budget.acquire(at_most=self._budget.cores)
-        try:
+        with self._passes.lease(len(token_ids)) as threads:
             return self._embedder.embed(token_ids, threads)
-        finally:
-            self._budget.release(threads)
 
 
 def unit(vector: Vector) -> Vector:

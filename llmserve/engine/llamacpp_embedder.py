@@ -21,6 +21,8 @@ _CHUNK = 512  # tokens, of texts whose last token's vector is the text's
 class LlamaCppEmbedder(LlamaCppBackend):
     """A model, and a context for one text of `context_length` tokens. Not thread-safe, as `LlamaCppBackend` says."""
 
+    threads_linger = True
+
     def __init__(self, path: Path, context_length: int, pooling: str, settings: LlamaCppSettings) -> None:
         """Raises RuntimeError with the library's reason when it refuses."""
         self._pooling = pooling

@@ -40,6 +40,11 @@ def embed(post, texts, **fields):
     return post("/v1/embeddings", input=texts, **fields)
 
 
+def test_other_programs_are_made_room_for_so_what_one_thread_takes_is_learnt_first(post, embedder):
+    embed(post, ["a", "b", "c"])
+    assert embedder.threads == [1, 1, 1]
+
+
 def test_vectors_have_length_one_and_come_in_order(post):
     answer = embed(post, ["abc", "d"]).json
     lengths = [(3, 97), (1, 100)]
