@@ -145,7 +145,7 @@ class ModelSpec:
     weights: str = _option(
         "auto",
         _one_of("auto", "file", "q8_0"),
-        "as the file has them, or as Q8_0; auto is Q8_0 where that makes several tokens faster; llama.cpp only",
+        "as the file has them, or as Q8_0; auto is Q8_0 where that makes several tokens faster; llama.cpp only, not for vectors",
     )
     kv_type: str = _option("f16", _one_of("f16", "f32", "q8_0", "q4_0"), "numbers of the KV cache; llama.cpp only")
     flash_attention: str = _option(

@@ -25,7 +25,7 @@ def run(name: str, workload: str, setup: Setup) -> Summary:
     num_streams, num_tokens = _WORK[workload]
     prompts = harness.random_prompts([_NUM_PROMPT_TOKENS] * num_streams)
     slots = num_streams if name == LLAMA_CPP else 1
-    with closing(_start(name)) as bare:
+    with closing(_start(name, setup)) as bare:
         bare([(slots, setup.threads)], prompts, 4)
         decoding = bare([(slots, setup.threads)], prompts, num_tokens, "decode")
         whole = bare([(slots, setup.threads)], prompts, num_tokens)
@@ -35,8 +35,7 @@ def run(name: str, workload: str, setup: Setup) -> Summary:
     }
 
 
-def _start(name: str) -> Bare:
+def _start(name: str, setup: Setup) -> Bare:
     if name == CTRANSFORMERS:
         return Bare(harness.model_path())
-    model = harness.batch_model()  # the weights that llmserve runs
-    return Bare(model.path, "benchmarks.bare_batch", *([] if model.repack else ["plain"]))
+    return Bare(setup.model, "benchmarks.bare_batch", *([] if setup.repack else ["plain"]))

@@ -23,7 +23,7 @@ _MOST_DRAWS = 5
 """Before a mask is made. Where one takes longest, in grammars of words, the model's own choice is allowed three times in four."""
 _MOST_QUESTIONS = 256
 _NEAR = math.log(4)
-"""How far below a token in question (in nats) others are asked about. With these two, half of what is doubtful needs no mask."""
+"""How far below a token in question (in nats) others are asked about. With these two, most of what is doubtful needs no mask."""
 
 _BLOCK = 256
 _THRESHOLDS = (1e-2, 1e-4, 1e-7)
