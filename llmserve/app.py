@@ -36,26 +36,32 @@ _REMEMBERED_URLS = 256
 _CLIENT_CLOSED_REQUEST = 499  # nobody receives it; the log tells it apart
 
 
-def create_app(config: Config | str | Path | None = None, *, registry: ModelRegistry | None = None) -> App:
+def create_app(
+    config: Config | str | Path | None = None, *, registry: ModelRegistry | None = None, owns_process: bool = False
+) -> App:
     """The application of a configuration, or of the file at a path, or of the file that LLMSERVE_CONFIG names.
 
-    Begins to load the startup models and returns at once. Raises ConfigError.
+    Begins to load the startup models and returns at once. `owns_process`: nothing else in this process uses llama.cpp, so how that
+    multiplies may be chosen for all of the process (engine/matmul.py). Raises ConfigError.
     """
     if not isinstance(config, Config):
         config = configuration.load(config)
     if registry is None:
         settled = config
-        registry = ModelRegistry(settled.models, lambda: _make_loader(settled), settled.server.memory_budget)
+        registry = ModelRegistry(settled.models, lambda: _make_loader(settled, owns_process), settled.server.memory_budget)
     app = App(Context(config, registry, ResponseCache(config.cache)))
     app.start()
     return app
 
 
-def _make_loader(config: Config) -> ModelLoader:
+def _make_loader(config: Config, owns_process: bool) -> ModelLoader:
     """Called in the first loading thread: what it imports would delay the first answer of /health."""
+    from llmserve.engine import matmul
     from llmserve.models.loading import Loader
 
     preload()
+    if owns_process:
+        matmul.process.claim()
     return Loader(config.server)
 
 

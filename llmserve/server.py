@@ -62,7 +62,7 @@ class Server(BaseApplication):  # type: ignore[misc]
     def load(self) -> Any:
         from llmserve.app import create_app  # in the worker: whatever it starts must not be forked
 
-        return create_app(self._config)
+        return create_app(self._config, owns_process=True)
 
 
 def _on_starting(config: Config) -> Callable[[Any], None]:

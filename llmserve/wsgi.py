@@ -2,4 +2,4 @@
 
 from llmserve.app import create_app
 
-app = create_app()
+app = create_app(owns_process=True)

@@ -2,6 +2,10 @@
 
 import gc
 
+from llmserve.engine import matmul
+
+matmul.process.claim()  # as in a server's process: nothing but the engines uses llama.cpp here
+
 _MARKERS = {"models": ("slow",), "e2e": ("slow",), "faults": ("slow", "faults"), "programs": ("slow", "programs")}
 """Of all tests in a folder."""
 

@@ -17,6 +17,7 @@ DOORS = {
     "gunicorn": ("server", "worker"),
     "ctransformers": ("engine/ctransformers_backend",),
     "llama_cpp": ("engine/llamacpp_",),
+    "elftools": ("engine/matmul",),
     "llguidance": ("engine/grammar",),
     "jinja2": ("engine/chat_template",),
     "tokenizers": ("engine/tokenizer",),

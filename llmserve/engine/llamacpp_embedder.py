@@ -51,12 +51,9 @@ class LlamaCppEmbedder(LlamaCppBackend):
         return np.ctypeslib.as_array(pointer, shape=(self.dimensions,)).copy()
 
     def _evaluate(self, token_ids: Sequence[int], position: int, threads: int) -> None:
-        count = len(token_ids)
         self._batch.fill([Piece(0, position, token_ids, wants_logits=True, wants_all=True)])
         library.llama_set_n_threads(self._open(), threads, threads)
-        outcome = library.llama_decode(self._open(), self._batch.struct)
-        if outcome:
-            raise RuntimeError(f"the library could not evaluate {count} tokens (llama_decode: {outcome})")
+        self._decode(threads)
 
     def _params(self, settings: LlamaCppSettings) -> Any:
         params = super()._params(settings)

@@ -25,6 +25,7 @@ from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
+_ROUNDED_BY_TILES = frozenset({"F32", "F16", "BF16", "Q4_0", "Q5_0", "IQ4_NL"})
 _REQUANTIZED = "its weights were made Q8_0, for which the library has kernels of several tokens"
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
@@ -71,7 +72,10 @@ class BatchModel:
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
-        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack)
+        exact_tiles = spec.flash_attention != "off" and _has_exact_tiles(
+            self.header
+        )  # plain attention is rounded by tiles as well
+        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack, exact_tiles)
         batch_size = max(MOST_CHUNKS * round_up_to_grid(spec.prefill_chunk, LlamaCppBackend.grid), spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
@@ -137,6 +141,11 @@ class BatchModel:
         width = _number(value("attention.key_length", length)) + _number(value("attention.value_length", length))
         per_token = sum(kv_heads) * width * _BYTES_PER_KV_VALUE[self.spec.kv_type]
         return int(self.spec.slots * self.context_length * per_token)
+
+
+def _has_exact_tiles(header: GGUFFile) -> bool:
+    """Whether none of the matrices comes to other scores by tiles (`LlamaCppSettings`). Measured: those in Q8_0 do not."""
+    return not any(tensor.type.name in _ROUNDED_BY_TILES for tensor in header.tensors if len(tensor.shape) > 1)
 
 
 def _number(value: object) -> int:

@@ -8,6 +8,7 @@ import socket
 import sys
 from dataclasses import replace
 
+from llmserve.engine import matmul
 from llmserve.engine.channel import Channel, Open
 from llmserve.engine.child import EngineChild, live
 from llmserve.engine.compute import ComputeBudget
@@ -27,6 +28,7 @@ def _open(message: Open, budget: ComputeBudget) -> Engine:
 
 def _main(descriptor: int, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    matmul.process.claim()
     channel = Channel(socket.socket(fileno=descriptor))
     live(channel, parent)
     EngineChild(channel, _open).run()

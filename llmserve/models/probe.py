@@ -75,6 +75,9 @@ def be_a_child() -> None:
     """For the process that `in_child` starts: leave no core file, and say the library's errors where they are looked for."""
     import resource
 
+    from llmserve.engine import matmul
+
+    matmul.process.claim()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
 
@@ -192,7 +195,9 @@ def _try_llamacpp(path: Path, trial: Trial) -> str:
     from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
     try:
-        with closing(LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack))) as backend:
+        with closing(
+            LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack, exact_tiles=True))
+        ) as backend:
             token_id = min(1, backend.vocab_size - 1)
             for position, num_tokens in ((0, 8), (8, 1)):
                 backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
