@@ -39,10 +39,6 @@ _GRID = 64
 """Rows from which on the library's fused attention has a kernel of its own (ggml-cpu/ops.cpp), which rounds otherwise. Measured:
 pieces of 64, 128 and 256 tokens that begin at multiples of 64 give the same bits, and so do shorter ones of any length."""
 
-_TILES_FROM = 12
-"""Tokens of a pass from which on tiles (engine/matmul.py) are faster. Measured with Q8_0: 8 take 18.6 ms without and 22.0 with them, 12
-26.9 and 26.5, 16 34 and 26."""
-
 _Context = Any  # a pointer
 
 _errors = threading.local()
@@ -52,15 +48,15 @@ _errors = threading.local()
 class LlamaCppSettings(NamedTuple):
     """How a model is opened.
 
-    `repack`: rearrange weights for this CPU's matrix instructions, where the library knows how to, and choose how it multiplies
-    (engine/matmul.py). `exact_tiles`: whether these weights come to the same scores by tiles and without.
+    `repack`: be as fast as can be: rearrange weights for this CPU's matrix instructions, where the library knows how to, and choose how
+    it multiplies (engine/matmul.py). `tiles_from`: the least tokens of a pass that is made with tiles.
     """
 
     kv_type: str = "f16"
     flash_attention: str = "auto"
     gpu_layers: int = 0
     repack: bool = True
-    exact_tiles: bool = False
+    tiles_from: int = 0
 
 
 class LlamaCppBackend:
@@ -85,16 +81,18 @@ class LlamaCppBackend:
         self.context_length = context_length
         self.num_sequences = num_sequences
         self.batch_size = batch_size
-        self._exact_tiles = settings.exact_tiles
+        self._tiles_from = settings.tiles_from
         self._context: _Context = None
-        self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
+        if settings.repack:
+            matmul.process.choose(library.llama_decode)
+        with matmul.process.loading():
+            self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
         if not self._model:
             raise _refusal()
         self._context = library.llama_init_from_model(self._model, self._params(settings))
         if not self._context:
             self.close()
             raise _refusal()
-        matmul.process.open(library.llama_decode if settings.repack else None, exact_tiles=self._exact_tiles)
         self._memory = library.llama_get_memory(self._context)
         self._vocab = library.llama_model_get_vocab(self._model)
         self.vocab_size = int(library.llama_vocab_n_tokens(self._vocab))
@@ -108,7 +106,7 @@ class LlamaCppBackend:
         if threads != self._threads:  # a call gives the GIL away, for a moment that may take long
             library.llama_set_n_threads(self._open(), threads, threads)
             self._threads = threads
-        self._decode(threads, tiles=not self._exact_tiles or self._batch.struct.n_tokens >= _TILES_FROM)
+        self._decode(threads, tiles=self._batch.struct.n_tokens >= self._tiles_from)
 
     def _decode(self, threads: int, *, tiles: bool = True) -> None:
         """Evaluate what the batch describes."""
@@ -177,7 +175,6 @@ class LlamaCppBackend:
     def close(self) -> None:
         if self._context:
             library.llama_free(self._context)
-            matmul.process.close(exact_tiles=self._exact_tiles)
         if self._model:
             library.llama_model_free(self._model)
         self._context = self._model = self._scores = None  # the scores were the context's

@@ -25,7 +25,12 @@ from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
-_ROUNDED_BY_TILES = frozenset({"F32", "F16", "BF16", "Q4_0", "Q5_0", "IQ4_NL"})
+_TILES_FROM = 12
+"""Tokens of a pass from which on tiles (engine/matmul.py) are faster. Measured with Q8_0: 8 take 18.6 ms without and 22.0 with them, 12
+26.9 and 26.5, 16 34 and 26."""
+_EXACT = frozenset({"Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"})
+"""Types of matrices that come to the same scores, to the last bit, with tiles and without, or are never multiplied by tiles. Those in
+Q5_0 do too, but are faster with tiles from three tokens on."""
 _REQUANTIZED = "its weights were made Q8_0, for which the library has kernels of several tokens"
 _BYTES_PER_KV_VALUE = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
@@ -72,10 +77,9 @@ class BatchModel:
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
-        exact_tiles = spec.flash_attention != "off" and _has_exact_tiles(
-            self.header
-        )  # plain attention is rounded by tiles as well
-        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack, exact_tiles)
+        settings = LlamaCppSettings(
+            spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack, _tiles_from(spec, self.header)
+        )
         batch_size = max(MOST_CHUNKS * round_up_to_grid(spec.prefill_chunk, LlamaCppBackend.grid), spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
@@ -143,9 +147,11 @@ class BatchModel:
         return int(self.spec.slots * self.context_length * per_token)
 
 
-def _has_exact_tiles(header: GGUFFile) -> bool:
-    """Whether none of the matrices comes to other scores by tiles (`LlamaCppSettings`). Measured: those in Q8_0 do not."""
-    return not any(tensor.type.name in _ROUNDED_BY_TILES for tensor in header.tensors if len(tensor.shape) > 1)
+def _tiles_from(spec: ModelSpec, header: GGUFFile) -> int:
+    """As of `LlamaCppSettings`. Plain attention is rounded by tiles as well."""
+    fused = spec.flash_attention == "on" or (spec.flash_attention == "auto" and spec.gpu_layers == 0)
+    exact = all(tensor.type.name in _EXACT for tensor in header.tensors if len(tensor.shape) > 1)
+    return _TILES_FROM if fused and exact else 0
 
 
 def _number(value: object) -> int:

@@ -118,7 +118,7 @@ def no_repack_note(cache_dir: Path) -> Path:
 
 def _verdict(path: Path, trial: Trial, cache_dir: Path) -> Path:
     """What exists when the file is known to be good."""
-    name = f"{identity(path)}-{trial.engine}-{_build(trial.engine)}-{trial.context_length}{trial.model_type}{'-repack' * trial.repack}"
+    name = f"{identity(path)}-{trial.engine}-{_build(trial.engine)}-{trial.context_length}{trial.model_type}{'-tuned' * trial.repack}"
     return cache_dir / "probed" / name
 
 
@@ -190,16 +190,16 @@ def _try_ctransformers(path: Path, trial: Trial) -> str:
 
 
 def _try_llamacpp(path: Path, trial: Trial) -> str:
-    """What goes wrong, if anything, with one token and with several, for which the library has code of their own."""
+    """What goes wrong, if anything, with one token and with several, for which the library has code of its own: with tiles and without."""
     from llmserve.engine.backend import Piece
     from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
     try:
         with closing(
-            LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack, exact_tiles=True))
+            LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack, tiles_from=12))
         ) as backend:
             token_id = min(1, backend.vocab_size - 1)
-            for position, num_tokens in ((0, 8), (8, 1)):
+            for position, num_tokens in ((0, 16), (16, 8), (24, 1)):
                 backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
                 if not _finite(backend.logits(0)):
                     return _NOT_FINITE

@@ -20,27 +20,41 @@ from llmserve.engine.backend import Piece
 from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
 
 def scores(path):
-    backend = LlamaCppBackend(Path(path), 256, 8, 64, LlamaCppSettings(flash_attention="on", exact_tiles=True))
+    backend = LlamaCppBackend(Path(path), 256, 8, 128, LlamaCppSettings(flash_attention="on", tiles_from=12))
     passes = []
     for pieces in (
-        [Piece(0, 0, list(range(5, 55)), True)],
+        [Piece(0, 0, [5 + number % 90 for number in range(128)], True)],
         [Piece(number, 0, [9 + number] * 3, True) for number in range(1, 8)],
         [Piece(number, 3, [9 + number], True) for number in range(1, 8)],
-        [Piece(0, 50, [7], True)],
-        [Piece(0, 51, [7, 8, 9, 10], True, wants_all=True)],
+        [Piece(0, 128, [7], True)],
+        [Piece(0, 129, [7, 8, 9, 10], True, wants_all=True)],
     ):
-        backend.forward(pieces, 2)
-        passes += [backend.logits(index).tobytes().hex() for index in range(len(pieces))]
+        for threads in (2, 3):
+            for piece in pieces:
+                backend.truncate(piece.sequence, piece.position)
+            backend.forward(pieces, threads)
+            passes += [backend.logits(index).tobytes().hex() for index in range(len(pieces))]
     backend.close()
     return passes
 
-ways = matmul.process
-before = scores(sys.argv[1])
-untouched = ways._entries is None
+def mapped_flags(path):
+    blocks = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    return [after.splitlines()[0].split() for before, after in zip(blocks, blocks[1:]) if path in before.splitlines()[1:2][0]]
+
+def flags(path):
+    backend = LlamaCppBackend(Path(path), 256, 1, 64, LlamaCppSettings())
+    found = mapped_flags(path)
+    backend.close()
+    return found
+
+ways, path = matmul.process, sys.argv[1]
+before, read = scores(path), flags(path)
+untouched = ways._table is None
 ways.claim()
-after = scores(sys.argv[1])
-taken = {name: entry._value.value != entry._own for name, entry in ways._entries.items()}
-print(json.dumps([untouched, before == after, len(set(before)), taken]))
+after = scores(path)
+taken = {name: entry._value.value != entry._own for name, entry in ways._table.items()}
+read_again = flags(path)
+print(json.dumps([untouched, before == after, len(set(before)), taken, read, read_again]))
 """
 
 
@@ -54,88 +68,146 @@ class Entry:
         self.history.append(other)
 
 
+class Ways(MatMul):
+    """With a table of nothing, and a clock that is set."""
+
+    def __init__(self):
+        self.now = 10.0
+        super().__init__(clock=lambda: self.now)
+        self.rows, self.tiles = Entry(), Entry()
+
+    def passes(self, *tiles, threads=2):
+        """What is chosen for one pass after the other: True where it is made without tiles."""
+        for each in tiles:
+            with self.passing(threads, tiles=each):
+                pass
+        return self.tiles.history
+
+
 @pytest.fixture
 def ways(monkeypatch):
-    entries = {"ggml_is_numa": Entry(), "llamafile_sgemm": Entry()}
-    monkeypatch.setattr("llmserve.engine.matmul._find_entries", lambda function: entries)
-    made = MatMul()
-    made.entries = entries
+    made = Ways()
+    monkeypatch.setattr(
+        "llmserve.engine.matmul._find_table", lambda function: {"ggml_is_numa": made.rows, "llamafile_sgemm": made.tiles}
+    )
     return made
 
 
-def passes(ways, *tiles, threads=2):
-    for each in tiles:
-        with ways.passing(threads, tiles=each):
-            pass
-    return ways.entries["llamafile_sgemm"].history
+@pytest.fixture
+def chosen(ways):
+    ways.claim()
+    ways.choose(print)
+    return ways
+
+
+def in_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 def test_nothing_is_touched_in_a_process_that_others_share(ways):
-    ways.open(print, exact_tiles=True)
-    assert passes(ways, False, True) == []
+    ways.choose(print)
+    with ways.loading():
+        assert ways.passes(False, True) == []
 
 
-def test_a_pass_has_the_way_that_it_asks_for(ways):
+def test_nothing_is_chosen_before_somebody_wants_it(ways):
     ways.claim()
-    ways.open(print, exact_tiles=True)
-    assert passes(ways, False, True) == [True, False]
+    assert ways.passes(False) == []
 
 
-def test_nothing_is_chosen_for_a_model_that_must_be_run_plainly(ways):
-    ways.claim()
-    ways.open(None, exact_tiles=True)
-    assert passes(ways, False) == []
+def test_a_pass_has_the_way_that_it_asks_for(chosen):
+    assert chosen.passes(False, True) == [True, False]
 
 
-def test_rows_are_divided_evenly_among_few_threads_only(ways):
-    ways.claim()
-    ways.open(print, exact_tiles=True)
+def test_rows_are_divided_evenly_among_few_threads_only(chosen):
     for threads in (1, 4, 5):
-        passes(ways, True, threads=threads)
-    assert ways.entries["ggml_is_numa"].history == [True, True, False]
+        chosen.passes(True, threads=threads)
+    assert chosen.rows.history == [True, True, False]
 
 
-def test_all_passes_have_tiles_while_one_model_is_rounded_by_them(ways):
+def test_rows_are_not_divided_evenly_while_a_model_is_read(chosen):
+    with chosen.loading():
+        chosen.passes(True)
+    chosen.passes(True)
+    assert chosen.rows.history == [False, False, True]
+
+
+def test_nothing_changes_while_a_pass_is_under_way(chosen):
+    with chosen.passing(2, tiles=True):
+        assert chosen.passes(False) == [False]
+
+
+def test_passes_that_overlap_have_tiles(chosen):
+    with chosen.passing(2, tiles=True):
+        chosen.passes(True)
+    assert chosen.passes(False) == [False, False]
+    chosen.now += 2
+    assert chosen.passes(False) == [False, False, True]
+
+
+def test_a_pass_waits_for_one_without_tiles_of_another_model(chosen):
+    with chosen.passing(2, tiles=False):
+        other = in_thread(lambda: chosen.passes(True))
+        other.join(0.1)
+        assert other.is_alive()
+    other.join(10)
+    assert chosen.tiles.history == [True, False]
+
+
+def test_a_model_is_read_between_two_passes_however_many_come(chosen):
+    def read():
+        with chosen.loading():
+            loaded.append(len(chosen.rows.history))
+
+    loaded, ended = [], threading.Event()
+    with chosen.passing(2, tiles=True):
+        reader = in_thread(read)
+        reader.join(0.1)
+        assert reader.is_alive()
+        streams = [in_thread(lambda: [chosen.passes(True) for _ in range(50)]) for _ in range(2)]
+        ended.wait(0.1)
+        assert chosen.rows.history == [True]  # they stand back
+    for thread in (reader, *streams):
+        thread.join(10)
+    assert loaded == [2]
+
+
+def test_what_cannot_be_found_is_left_alone(monkeypatch):
+    def fail(function):
+        raise LookupError("another library")
+
+    monkeypatch.setattr("llmserve.engine.matmul._open_table", fail)
+    ways = MatMul()
     ways.claim()
-    ways.open(print, exact_tiles=True)
-    ways.open(print, exact_tiles=False)
-    passes(ways, False)
-    ways.close(exact_tiles=False)
-    assert passes(ways, False) == [False, True]
-
-
-def test_nothing_changes_while_a_pass_is_under_way(ways):
-    ways.claim()
-    ways.open(print, exact_tiles=True)
-    with ways.passing(2, tiles=False):
-        assert passes(ways, True) == [True]
-    assert passes(ways, True) == [True, False]
-
-
-def test_a_model_comes_between_two_passes(ways):
-    ways.claim()
-    ways.open(print, exact_tiles=True)
-    opened = threading.Event()
-
-    def come():
-        ways.open(print, exact_tiles=False)
-        opened.set()
-
-    with ways.passing(2, tiles=False):
-        thread = threading.Thread(target=come)
-        thread.start()
-        assert not opened.wait(0.1)
-    thread.join(10)
-    assert opened.is_set()
+    ways.choose(print)
+    with ways.loading(), ways.passing(2, tiles=False):
+        pass
 
 
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="the table is touched on Linux and x86-64 only"
 )
-def test_scores_are_the_same_to_the_last_bit(tmp_path):
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q4_1", "Q4_0", "Q4_K"])
+def test_scores_are_the_same_to_the_last_bit_and_files_read_as_before(tmp_path, quantization):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python, the extra `llamacpp`, is not installed")
-    path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=gguf.GGMLQuantizationType.Q8_0)
+    path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=gguf.GGMLQuantizationType[quantization])
     done = subprocess.run([sys.executable, "-c", COMPARE, str(path)], capture_output=True, text=True, check=True)
-    untouched, same, num_different, taken = json.loads(done.stdout.splitlines()[-1])
+    untouched, same, num_different, taken, read, read_again = json.loads(done.stdout.splitlines()[-1])
     assert untouched and same and num_different > 5
-    assert taken == {"ggml_is_numa": True, "llamafile_sgemm": True, "pthread_setaffinity_np": True}
+    assert taken == {"ggml_is_numa": True, "llamafile_sgemm": True}
+    assert read == read_again and read
+    assert done.stderr == ""
+
+
+def test_an_app_leaves_the_process_alone_unless_it_is_told_that_it_owns_it():
+    script = (
+        "import sys; from llmserve import create_app; from llmserve.config import Config; from llmserve.engine import matmul;"
+        "from llmserve.app import _make_loader; _make_loader(Config(), sys.argv[1] == 'yes'); print(matmul.process._claimed)"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", script, owns], capture_output=True, text=True, check=True).stdout.strip()
+        for owns in ("no", "yes")
+    ]
+    assert said == ["False", "True"]
