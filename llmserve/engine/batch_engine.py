@@ -3,7 +3,7 @@
 Each round evaluates the next token of every sequence that decodes, and a bounded piece of a prompt that is being read: a
 long prompt stalls nobody, and a short one is not stuck behind it. Requests come and leave between two rounds.
 
-An answer that is not drafted does not depend, to the last bit, on what else is evaluated beside it, up to 512 tokens with the prompt
+An answer that is not drafted does not depend, to the last bit, on what else is evaluated beside it, up to 256 tokens with the prompt
 (from there on the library divides a lone token's attention). The library rounds differently in pieces of
 different lengths: so prompts are cut at the same places whatever there is room for (the backend's grid), and a pass has
 pieces of one length only.
