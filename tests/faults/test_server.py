@@ -140,12 +140,12 @@ def test_streams_that_are_read_a_byte_a_second(running, note):
 
 @pytest.mark.parametrize("phase", ["loading", "prefill", "decode", "idle"])
 def test_sigterm(tmp_path, note, phase):
-    config = "[server]\ngrace_period = 0.1\n" + harness.model_table(VICTIM, isolation="process")
+    config = "[server]\ngrace_period = 0.5\n" + harness.model_table(VICTIM, isolation="process")
     with harness.llmserve(config, wait="/livez" if phase == "loading" else "/readyz") as server:
         worker = server.worker_pid()
         clients = []
         if phase in ("prefill", "decode"):
-            clients = [Client(server.port, VICTIM, LONG * (phase == "prefill"), stream=True, max_tokens=500)]
+            clients = [Client(server.port, VICTIM, LONG * (phase == "prefill"), stream=True, max_tokens=500, ignore_eos=True)]
             wait_for(lambda: server.get(f"/v1/models/{VICTIM}")[1]["running"])
             if phase == "decode":
                 assert clients[0].flowing.wait(60)
@@ -158,7 +158,7 @@ def test_sigterm(tmp_path, note, phase):
         seconds = seconds_since(begun)
         wait_for(lambda: not Path(f"/proc/{engine}").exists(), 10)
     saw = ", ".join(client.outcome() for client in clients) or "–"
-    note(f"SIGTERM of the server, {phase}, 0.1 s of grace", saw, seconds, lost="answers longer than the grace period")
+    note(f"SIGTERM of the server, {phase}, 0.5 s of grace", saw, seconds, lost="answers longer than the grace period")
     assert status == 0
     assert all("shutting_down" in client.outcome() for client in clients)
 
