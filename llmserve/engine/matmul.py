@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _MOST_THREADS = 4
 """That have even shares. With more, one is likelier to be late, and then all wait for it; that was not measured."""
 _SHARED = 1.0  # seconds for which a process whose passes overlapped has tiles
+_PATIENCE = 10.0  # seconds to wait for the end of others' passes; one that never ends must keep nobody else
 
 _YES, _NO = "ggml_cpu_has_avx2", "ggml_cpu_has_neon"
 """Functions of ggml that say so where this was measured. The arguments of those that they stand for are no matter to them."""
@@ -59,16 +60,14 @@ class MatMul:
     def choose(self, function: Any) -> None:
         """Have a choice from now on, if that can be had, in the library that has this function."""
         with self._changed:
-            if self._claimed and self._table is None:
-                self._wait_for_quiet()
+            if self._claimed and self._table is None and self._wait_for_quiet() and self._table is None:
                 self._table = _find_table(function)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
         """While a file is opened: whoever opens it asks `ggml_is_numa` as well, and would have it read page by page."""
         with self._changed:
-            if self._table:
-                self._wait_for_quiet()
+            if self._table and self._wait_for_quiet():
                 self._table["ggml_is_numa"].set(False)
             self._num_loading += 1
         try:
@@ -86,7 +85,7 @@ class MatMul:
         with self._changed:
             if self._num_passes:
                 self._shared_until = self._clock() + _SHARED
-            self._changed.wait_for(lambda: not (self._num_waiting or (self._num_passes and self._without_tiles)))
+            self._changed.wait_for(lambda: not (self._num_waiting or (self._num_passes and self._without_tiles)), _PATIENCE)
             if self._table and not self._num_passes:
                 self._without_tiles = not tiles and self._clock() >= self._shared_until
                 self._table["llamafile_sgemm"].set(self._without_tiles)
@@ -99,12 +98,13 @@ class MatMul:
                 self._num_passes -= 1
                 self._changed.notify_all()
 
-    def _wait_for_quiet(self) -> None:
-        """Until no pass is under way; those that come stand back. Caller holds the lock."""
+    def _wait_for_quiet(self) -> bool:
+        """Until no pass is under way; those that come stand back. Whether there is none. Caller holds the lock."""
         self._num_waiting += 1
-        self._changed.wait_for(lambda: not self._num_passes)
+        quiet = self._changed.wait_for(lambda: not self._num_passes, _PATIENCE)
         self._num_waiting -= 1
         self._changed.notify_all()
+        return quiet
 
 
 process = MatMul()

@@ -174,6 +174,29 @@ def test_a_model_is_read_between_two_passes_however_many_come(chosen):
     assert loaded == [2]
 
 
+def test_a_pass_that_never_ends_keeps_no_other_model(chosen, monkeypatch):
+    monkeypatch.setattr("llmserve.engine.matmul._PATIENCE", 0.05)
+    with chosen.passing(2, tiles=False):
+        with chosen.loading():
+            chosen.passes(True)
+        chosen.passes(True)
+    assert chosen.rows.history == [True]  # nothing has changed under it
+
+
+def test_models_that_come_at_once_look_for_the_table_once(monkeypatch):
+    looks = []
+    monkeypatch.setattr("llmserve.engine.matmul._find_table", lambda function: looks.append(function) or {})
+    ways = MatMul()
+    ways.claim()
+    with ways.passing(2, tiles=True):
+        threads = [in_thread(lambda: ways.choose(print)) for _ in range(3)]
+        threads[0].join(0.1)
+        assert looks == []
+    for thread in threads:
+        thread.join(10)
+    assert looks == [print]
+
+
 def test_what_cannot_be_found_is_left_alone(monkeypatch):
     def fail(function):
         raise LookupError("another library")
