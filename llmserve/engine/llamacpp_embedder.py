@@ -52,7 +52,6 @@ class LlamaCppEmbedder(LlamaCppBackend):
 
     def _evaluate(self, token_ids: Sequence[int], position: int, threads: int) -> None:
         self._batch.fill([Piece(0, position, token_ids, wants_logits=True, wants_all=True)])
-        library.llama_set_n_threads(self._open(), threads, threads)
         self._decode(threads)
 
     def _params(self, settings: LlamaCppSettings) -> Any:

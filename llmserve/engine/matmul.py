@@ -135,9 +135,8 @@ def _find_table(function: Any) -> dict[str, _Entry]:
 def _open_table(function: Any) -> dict[str, _Entry]:
     """The entries, which can be written from now on. Raises where one is not what it should be."""
     llama = ctypes.CDLL(os.fsdecode(_library_of(_address(function)).dli_fname), os.RTLD_NOLOAD)
-    functions = {
-        name: getattr(llama, name) for name in (*_REPLACED, _YES, _NO)
-    }  # dlsym(3) looks into what a library needs as well
+    # dlsym(3) looks into what a library needs as well.
+    functions = {name: getattr(llama, name) for name in (*_REPLACED, _YES, _NO)}
     ggml = _library_of(_address(functions["ggml_is_numa"]))
     places = {name: ggml.dli_fbase + place for name, place in _places(os.fsdecode(ggml.dli_fname)).items()}
     if functions[_YES]() != 1 or functions[_NO]() != 0:

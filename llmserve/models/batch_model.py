@@ -13,7 +13,7 @@ from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings
 from llmserve.engine.gguf import GGUFFile
-from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+from llmserve.engine.llamacpp_backend import TILES_FROM, LlamaCppBackend, LlamaCppSettings
 from llmserve.engine.slots import round_up_to_grid
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import LibraryTokenizer, Tokenizer, TokenizeText, text_by_text
@@ -25,9 +25,6 @@ from llmserve.models.embed_model import EmbeddingModel
 from llmserve.models.files import fingerprint, identity
 from llmserve.models.probe import Trial
 
-_TILES_FROM = 12
-"""Tokens of a pass from which on tiles (engine/matmul.py) are faster. Measured with Q8_0: 8 take 18.6 ms without and 22.0 with them, 12
-26.9 and 26.5, 16 34 and 26."""
 _EXACT = frozenset({"Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"})
 """Types of matrices that come to the same scores, to the last bit, with tiles and without, or are never multiplied by tiles. Those in
 Q5_0 do too, but are faster with tiles from three tokens on."""
@@ -151,7 +148,7 @@ def _tiles_from(spec: ModelSpec, header: GGUFFile) -> int:
     """As of `LlamaCppSettings`. Plain attention is rounded by tiles as well."""
     fused = spec.flash_attention == "on" or (spec.flash_attention == "auto" and spec.gpu_layers == 0)
     exact = all(tensor.type.name in _EXACT for tensor in header.tensors if len(tensor.shape) > 1)
-    return _TILES_FROM if fused and exact else 0
+    return TILES_FROM if fused and exact else 0
 
 
 def _number(value: object) -> int:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from llmserve.engine import matmul
 from llmserve.errors import ModelCrashed, ModelFileError
 from llmserve.models.files import fingerprint, identity
 
@@ -74,8 +75,6 @@ def in_child(module: str, arguments: list[object], path: Path) -> None:
 def be_a_child() -> None:
     """For the process that `in_child` starts: leave no core file, and say the library's errors where they are looked for."""
     import resource
-
-    from llmserve.engine import matmul
 
     matmul.process.claim()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -192,12 +191,11 @@ def _try_ctransformers(path: Path, trial: Trial) -> str:
 def _try_llamacpp(path: Path, trial: Trial) -> str:
     """What goes wrong, if anything, with one token and with several, for which the library has code of its own: with tiles and without."""
     from llmserve.engine.backend import Piece
-    from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+    from llmserve.engine.llamacpp_backend import TILES_FROM, LlamaCppBackend, LlamaCppSettings
 
+    settings = LlamaCppSettings(repack=trial.repack, tiles_from=TILES_FROM)
     try:
-        with closing(
-            LlamaCppBackend(path, trial.context_length, 1, 32, LlamaCppSettings(repack=trial.repack, tiles_from=12))
-        ) as backend:
+        with closing(LlamaCppBackend(path, trial.context_length, 1, 32, settings)) as backend:
             token_id = min(1, backend.vocab_size - 1)
             for position, num_tokens in ((0, 16), (16, 8), (24, 1)):
                 backend.forward([Piece(0, position, [token_id] * num_tokens, True)], 1)
