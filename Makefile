@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := $(VENV)/.installed
 PROGRAMS := .venv-programs
-# GCC 12 drops stores that AMX needs (its bug 114098); without them the library crashes on processors that have it.
-LLAMACPP_BUILD := $(if $(findstring Linux,$(shell uname)),CMAKE_ARGS="-DCMAKE_C_FLAGS=-fno-dse -DCMAKE_CXX_FLAGS=-fno-dse")
+# Processors with AMX: GCC 12 drops stores that it needs (its bug 114098), and the library crashes; and it has attention only for heads
+# whose length is a multiple of 128 where arithmetic is in 16 bits (AVX512-FP16): others are computed number by number.
+LLAMACPP_FLAGS := -fno-dse -U__AVX512FP16__
+LLAMACPP_BUILD := $(if $(findstring Linux,$(shell uname)),CFLAGS="$(LLAMACPP_FLAGS)" CXXFLAGS="$(LLAMACPP_FLAGS)")
 
 .PHONY: run test fast faults programs llamacpp lint cover bench bench-peers clean
 

@@ -39,8 +39,22 @@ def _text(number: int) -> str:
     return " ".join(_SENTENCES[first:] + _SENTENCES[:first])
 
 
+def extraction(number: int) -> str:
+    return f"Quote the sentences of this text that speak of the mayor or of the railway:\n\n{_text(number)}"
+
+
 def code_edit(number: int) -> str:
-    fields = ["width", "height", "depth", "weight", "colour", "price", "label", "origin"]
+    """Half of the default model's answer copies, the rest is its commentary."""
+    return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin")
+
+
+def long_code_edit(number: int) -> str:
+    """Of which the whole answer copies, with another indentation."""
+    more = ("owner", "serial", "batch", "shelf", "volume", "status", "vendor", "stock")
+    return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin", *more)
+
+
+def _code_edit(number: int, *fields: str) -> str:
     body = "\n".join(f"        self.{field} = {field}  # number {number}" for field in fields)
     code = f"class Box{number}:\n    def __init__(self, {', '.join(fields)}):\n{body}\n"
     return f"Write this Python class once more, with the class name Crate instead of Box{number}:\n\n```python\n{code}```"
@@ -48,15 +62,17 @@ def code_edit(number: int) -> str:
 
 KINDS: dict[str, tuple[Callable[[int], str], float, str]] = {
     "correction, greedy": (correction, 0.0, "≥ 1.5"),
-    "code edit, greedy": (code_edit, 0.0, "≥ 1.5"),
     "repetition, greedy": (repetition, 0.0, "≥ 1.5"),
+    "extraction, greedy": (extraction, 0.0, "≥ 1.5"),
+    "code edit, greedy": (code_edit, 0.0, "≥ 1.5"),
+    "long code edit, greedy": (long_code_edit, 0.0, "≥ 1.5"),
     "correction, temperature 0.3": (correction, 0.3, "≥ 1.5"),
     "stories, greedy": (story, 0.0, "≥ 0.97"),
     "stories, temperature 1": (story, 1.0, "≥ 0.97"),
 }
 
 
-def figures(rounds: int = 9) -> Iterator[Figure]:
+def figures(rounds: int = 15) -> Iterator[Figure]:
     with harness.llmserve(harness.model_table(engine="llamacpp", slots=2)) as server:
 
         def rate(content: str, temperature: float, **options: object) -> float:

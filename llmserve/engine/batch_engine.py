@@ -29,9 +29,10 @@ from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, PromptScores
 from llmserve.engine.logprobs import PromptScorer
+from llmserve.engine.pass_cost import PassCost
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_reusable, round_up_to_grid
-from llmserve.engine.speculation import PassCost, PromptLookup
+from llmserve.engine.speculation import PromptLookup
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.engine.tokenizer import Tokenizer
 from llmserve.errors import APIError
@@ -310,9 +311,9 @@ class BatchEngine(Engine):
         """The token of the only sequence there is, and what it will probably say next, as far as that pays."""
         if lane.lookup is not None and lane.sequence is not None:
             most = min(lane.sequence.num_left, self._backend.batch_size) - 1
-            draft = lane.lookup.draft(self._pass_cost.draft_length(lane.lookup.accuracies(most)))
-            lane.pending += draft
-            lane.num_drafted = len(draft)
+            token_ids, accuracies = lane.lookup.draft(most)
+            lane.num_drafted = self._pass_cost.draft_length(accuracies)
+            lane.pending += token_ids[: lane.num_drafted]
         return [(lane, len(lane.pending))]
 
     def _pass(self, batch: list[tuple[_Lane, int]]) -> None:
@@ -395,8 +396,8 @@ class BatchEngine(Engine):
         """Note the token of a sequence whose next ones may be guessed."""
         if lane.lookup is not None:
             lane.lookup.append(token_id)
-        elif self._settings.prompt_lookup and _may_be_drafted(lane.choice):
-            lane.lookup = PromptLookup([*lane.token_ids, token_id])
+        elif self._settings.prompt_lookup and lane.choice is not None and _may_be_drafted(lane.choice):
+            lane.lookup = PromptLookup([*lane.token_ids, token_id], lane.choice.job.params.sampling.temperature)
 
     def _truncate(self, lane: _Lane, num_tokens: int) -> None:
         self._backend.truncate(lane.number, num_tokens)
@@ -412,6 +413,6 @@ def _piece_length(position: int, num_pending: int, room: int, grid: int) -> int:
     return max(0, min((position + room) // grid * grid, last) - position)
 
 
-def _may_be_drafted(choice: _Choice | None) -> bool:
+def _may_be_drafted(choice: _Choice) -> bool:
     """Whoever gives a seed wants the same answer again, and whoever asks for probabilities the same numbers: to the last bit."""
-    return choice is not None and choice.job.params.sampling.seed is None and choice.job.params.logprobs is None
+    return choice.job.params.sampling.seed is None and choice.job.params.logprobs is None

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +90,8 @@ class LlamaCppBackend:
         self._context: _Context = None
         if settings.repack:
             matmul.process.choose(library.llama_decode)
-        with matmul.process.loading():
-            self._model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
-        if not self._model:
-            raise _refusal()
+        with matmul.process.loading(), ThreadPoolExecutor(1) as thread:
+            self._model = thread.submit(_load, path, settings).result()
         self._context = library.llama_init_from_model(self._model, self._params(settings))
         if not self._context:
             self.close()
@@ -242,6 +241,16 @@ class _Batch:
             num_rows = rows[-1].stop
         self.struct.n_tokens = end
         return rows
+
+
+def _load(path: Path, settings: LlamaCppSettings) -> Any:
+    """Open a file. For a thread that ends with it, and with it the threads that rearrange weights for AMX: libgomp would count them
+    as long as their caller lives, and when its threads outnumber the cores they sleep at every barrier, here for 31 ms a pass instead of 5."""
+    _errors.lines = []
+    model = library.llama_model_load_from_file(str(path).encode(), _model_params(settings))
+    if not model:
+        raise _refusal()
+    return model
 
 
 def _model_params(settings: LlamaCppSettings) -> Any:

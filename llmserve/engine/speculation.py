@@ -1,98 +1,219 @@
-"""Guess what a sequence says next from what stands in it already, and decide how much of a guess is worth evaluating.
+"""Guess what a sequence says next from what stands in it already.
 
-Text that copies from its prompt (edits, extraction, quotes), or repeats itself, is guessed right for long runs; several guessed
-tokens evaluated in one pass cost less than one after the other. Knows nothing of models: it sees token ids and times.
+Text that copies from its prompt (edits, extraction, quotes), or repeats itself, is guessed right for long runs. Where it departs from
+what it copies, it mostly comes back soon, and departs in the same way again: a name that is another now, lines that are indented
+otherwise. Knows nothing of models: it sees token ids. What a guess is worth says engine/pass_cost.py.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
-from collections import deque
 from collections.abc import Sequence
-
-import numpy as np
+from typing import NamedTuple
 
 _MATCH = 2  # tokens that must be the same for what followed them to be guessed again
 _NUM_PLACES = 8
-"""Of one run of tokens that are remembered: of lines that begin alike, the text before them tells which one comes."""
+"""Of one run of tokens that are looked at, the last ones: of lines that begin alike, the text before them tells which one comes."""
 _LEVELS = (3, 4, 8, 16, 32)
 """Tokens alike in a row that make a guess one of another kind: short matches are chance, long ones a copy."""
 _ACCURACIES_AT_FIRST = (0.35, 0.6, 0.8, 0.9, 0.96, 0.98)
+_ACCURACIES_AT_TEMPERATURE_1 = (0.2, 0.35, 0.55, 0.8, 0.9, 0.95)
+"""At first, too, and above; between them they are mixed."""
+_EDIT_ACCURACIES_AT_FIRST = (0.35, 0.9)
 _LEARNING_RATE = 0.05  # of an accuracy
-_BEST_ACCURACY = 0.99
 _LONGEST_DRAFT = 24  # tokens
-_LARGEST = 1 + _LONGEST_DRAFT  # of the passes that have one
+_REACH = 16
+"""Tokens after which a text that has departed from what it copies is not expected back any more: of its own, and of what it copies."""
+_ELSEWHERE = 5  # tokens alike that say that it is copying something else by now
 
-_KNOWN_AFTER = 3  # passes
-_FORGOTTEN_AFTER = 500  # passes of other sizes
-_PASS_RATE = 0.2  # of learning
-_LARGEST_STEP = 0.05  # of the time known, so that a pass that another program has held up changes little
-_FAR = 1e6  # tokens; more than any pass has
+
+class Draft(NamedTuple):
+    """Tokens that should come next, and how often each is right, if all before it are."""
+
+    token_ids: list[int]
+    accuracies: list[float]
+
+
+class _Place(NamedTuple):
+    """Where the next token stands in the text already, if the guess is right."""
+
+    position: int
+    num_alike: int  # tokens before it that stand at the end too, as far as that tells anything
+    written: tuple[int, ...] = ()  # tokens that come first, of an edit
+    edited: int | None = None  # the position where an edit begins with the next token, if it is made again
+
+
+class _Edit(NamedTuple):
+    """What was written instead of some tokens of a text that was copied; either may be none."""
+
+    written: tuple[int, ...]
+    num_left_out: int
+    again: bool = False  # it has been made more than once
+
+
+class _Departure(NamedTuple):
+    """Where a copy was left: the position in what was copied, and that of the first token that is another."""
+
+    position: int
+    since: int
 
 
 class PromptLookup:
     """The text of one sequence, and where in it the last few tokens stood before ("prompt lookup decoding", Saxena 2023).
 
     It learns how often its guesses are right from every token, also while none of them is evaluated: the longer the text has been
-    what stood before, the more often. Not thread-safe.
+    what stood before, the more often. An edit is remembered by the token in whose place it came, and guessed where that would come
+    again. Not thread-safe.
     """
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], temperature: float = 0.0) -> None:
+        """The sequence so far, and at what temperature its next tokens are drawn."""
         self._token_ids = list(token_ids)
-        self._followers: dict[tuple[int, ...], deque[int]] = {}  # the positions behind each run of _MATCH tokens, the last few
+        self._followers: dict[tuple[int, ...], list[int]] = {}  # the positions behind each run of _MATCH tokens
         for end in range(_MATCH, len(token_ids)):
             self._note(end)
-        self._accuracies = list(_ACCURACIES_AT_FIRST)
-        self._next: int | None = None  # the position whose token is guessed to come next
-        self._num_alike = 0  # tokens before it that stand at the end too, as far as that tells anything
+        heat = min(temperature, 1.0)
+        self._accuracies = [
+            cool + heat * (hot - cool) for cool, hot in zip(_ACCURACIES_AT_FIRST, _ACCURACIES_AT_TEMPERATURE_1, strict=True)
+        ]
+        self._edits: dict[int, _Edit] = {}  # by the first token of what was copied that did not come
+        self._edit_accuracies = list(_EDIT_ACCURACIES_AT_FIRST)  # of those made once, and of others
+        self._departure: _Departure | None = None  # from which the text may come back
+        self._next: _Place | None = None
         self._look_up()
         self._note(len(self._token_ids))
 
-    def accuracies(self, max_tokens: int) -> list[float]:
-        """How often the tokens of a draft are right, each if all before it are; none where nothing is guessed.
+    def draft(self, max_tokens: int) -> Draft:
+        """What should come next, at most so many tokens; a text that repeats itself is guessed to go on so.
 
         A right guess makes the run of tokens that are alike a longer one: the next is as good as those behind such a run.
         """
-        if self._next is None:
-            return []
-        least = self._accuracies[_level(self._num_alike)]
-        runs = range(self._num_alike, self._num_alike + min(max_tokens, _LONGEST_DRAFT))
-        return [max(least, self._accuracies[_level(num_alike)]) for num_alike in runs]
+        draft, place = Draft([], []), self._next
+        while place is not None and len(draft.token_ids) < min(max_tokens, _LONGEST_DRAFT):
+            token_id = self._token(place, draft.token_ids)
+            if token_id is None:
+                break
+            draft.token_ids.append(token_id)
+            draft.accuracies.append(self._accuracy(place))
+            place = self._after(place)
+        return draft
 
     def append(self, token_id: int) -> None:
         """Take the next token of the sequence."""
-        guessed = self._next
-        right = guessed is not None and self._token_ids[guessed] == token_id
-        if guessed is not None:
-            level = _level(self._num_alike)
-            self._accuracies[level] += _LEARNING_RATE * (right - self._accuracies[level])
+        place, self._next = self._next, None
+        guessed = None if place is None else self._token(place)
         self._token_ids.append(token_id)
-        if guessed is not None and right:
-            self._next, self._num_alike = guessed + 1, self._num_alike + 1
-        else:
-            self._look_up()
+        if place is not None and guessed is not None:
+            self._learn(place, right=guessed == token_id)
+            self._next = self._after(place) if guessed == token_id else self._instead(place, token_id)
+        self._look_up()
         self._note(len(self._token_ids))
 
-    def draft(self, max_tokens: int) -> list[int]:
-        """What should come next, `max_tokens` ids or none; a text that repeats itself is guessed to go on so."""
-        if self._next is None:
-            return []
-        draft = self._token_ids[self._next : self._next + max_tokens]
-        period = len(draft)
-        while len(draft) < max_tokens:
-            draft.append(draft[-period])
-        return draft
+    # What comes next at a place.
+
+    def _token(self, place: _Place, draft: Sequence[int] = ()) -> int | None:
+        """The token that is guessed, behind a draft; none where the text ends before the place."""
+        if place.written:
+            return place.written[0]
+        behind = place.position - len(self._token_ids)
+        if behind < 0:
+            return self._token_ids[place.position]
+        return draft[behind] if behind < len(draft) else None
+
+    def _accuracy(self, place: _Place) -> float:
+        if place.edited is not None:
+            return self._edit_accuracies[self._edits[self._token_ids[place.edited]].again]
+        return max(self._accuracies[: _level(place.num_alike) + 1])
+
+    def _after(self, place: _Place) -> _Place:
+        """The place when its token has come."""
+        if place.written:
+            return _Place(place.position, place.num_alike + 1, place.written[1:])
+        return self._at(place.position + 1, place.num_alike + 1)
+
+    def _instead(self, place: _Place, token_id: int) -> _Place | None:
+        """The place when another token has come: none, but where an edit was not made again and the copy goes on."""
+        position = place.position if place.edited is None else place.edited
+        if place.edited is not None and self._token_ids[position] == token_id:
+            return self._at(position + 1, place.num_alike)
+        self._departure = _Departure(position, len(self._token_ids) - 1)
+        return None
+
+    def _at(self, position: int, num_alike: int) -> _Place:
+        """The place of what is copied from a position on, with the edit that was made where it last went on so."""
+        edit = self._edits.get(self._token_ids[position]) if position < len(self._token_ids) else None
+        if edit is None:
+            return _Place(position, num_alike)
+        return _Place(position + edit.num_left_out, num_alike, edit.written, position)
+
+    def _learn(self, place: _Place, *, right: bool) -> None:
+        """An edit that is not made again is forgotten."""
+        if place.edited is None:
+            accuracies, kind = self._accuracies, _level(place.num_alike)
+        else:
+            replaced = self._token_ids[place.edited]
+            edit = self._edits.pop(replaced)
+            accuracies, kind = self._edit_accuracies, int(edit.again)
+            if right:
+                self._edits[replaced] = edit._replace(again=True)
+        accuracies[kind] += _LEARNING_RATE * (right - accuracies[kind])
+
+    # Which place is the next one.
 
     def _look_up(self) -> None:
-        """Find where the last tokens stood before: of several places the one where most of them did, and of such the last."""
-        places = self._followers.get(tuple(self._token_ids[-_MATCH:]), ())
-        self._num_alike, place = max(((self._count_alike(place), place) for place in places), default=(0, -1))
-        self._next = place if place >= 0 else None
+        """Find where the last tokens stood before, unless it is known: of several places the one where most of them did, and of such the last.
+
+        For a text that has departed from what it copies, to be back there counts as one token more.
+        """
+        self._give_up()
+        if self._next is not None and (self._departure is None or self._next.written):
+            return
+        num_alike, back, position = max(map(self._rank, self._places()), default=(0, False, 0))
+        if back:
+            self._come_back(-position, num_alike)
+        elif num_alike and (self._next is None or self._next.position != position):
+            self._next = self._at(position, num_alike)
+
+    def _places(self) -> list[int]:
+        """Positions behind tokens like the last ones: some of the last, and where the text may come back to."""
+        places = self._followers.get(tuple(self._token_ids[-_MATCH:]), [])
+        found = places[-_NUM_PLACES:]
+        if self._departure:
+            begin, end = self._departure.position + 1, self._departure.position + _REACH
+            found += places[bisect.bisect_left(places, begin) : bisect.bisect_right(places, end)]
+        return found
+
+    def _rank(self, position: int) -> tuple[int, bool, int]:
+        num_alike = self._count_alike(position)
+        back = self._num_since(position, num_alike) >= _MATCH
+        return num_alike + back, back, -position if back else position
+
+    def _give_up(self) -> None:
+        """Whoever has departed for long, or follows something else, is not expected back."""
+        left = self._departure
+        if left and (len(self._token_ids) - left.since > _REACH or (self._next and self._next.num_alike >= _ELSEWHERE)):
+            self._departure = None
+
+    def _come_back(self, position: int, num_alike: int) -> None:
+        """Go on from a position behind the departure, and remember the edit that was made between them."""
+        left = self._departure
+        assert left is not None
+        num_since = self._num_since(position, self._count_alike(position))
+        written = tuple(self._token_ids[left.since : len(self._token_ids) - num_since])
+        self._edits[self._token_ids[left.position]] = _Edit(written, position - num_since - left.position)
+        self._departure = None
+        self._next = self._at(position, num_alike)
+
+    def _num_since(self, position: int, num_alike: int) -> int:
+        """Tokens before a position that stand at the end too and are behind the departure in both; none where that is not near."""
+        left = self._departure
+        if left is None or not left.position < position <= min(left.position + _REACH, left.since):
+            return 0
+        return min(num_alike, len(self._token_ids) - left.since, position - left.position)
 
     def _note(self, end: int) -> None:
         """From now on the tokens before this position stand there."""
-        self._followers.setdefault(tuple(self._token_ids[end - _MATCH : end]), deque(maxlen=_NUM_PLACES)).append(end)
+        self._followers.setdefault(tuple(self._token_ids[end - _MATCH : end]), []).append(end)
 
     def _count_alike(self, place: int) -> int:
         ids, count = self._token_ids, 0
@@ -103,84 +224,3 @@ class PromptLookup:
 
 def _level(num_alike: int) -> int:
     return bisect.bisect_right(_LEVELS, num_alike)
-
-
-class PassCost:
-    """How long passes of one sequence take by the number of their tokens. Not thread-safe.
-
-    Kernels work on tiles of tokens: the time grows by steps, and a line through it is wrong just where a draft is to end. So every
-    size that a draft can give a pass is known by itself, larger ones together up to the next power of two. Passes take longer as a
-    text grows, and less again in the next one: a size that is used learns that; one that is not used, perhaps because it is thought
-    too dear, is forgotten after a while, and tried again if its neighbours promise something.
-    """
-
-    def __init__(self) -> None:
-        self._num_passes = 0
-        self._typical: dict[int, _Typical] = {}  # by the least of their sizes
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a pass."""
-        self._num_passes += 1
-        typical = self._typical.setdefault(_least_alike(num_tokens), _Typical(num_tokens))
-        typical.add(num_tokens, seconds)
-        typical.last_pass = self._num_passes
-        self._forget(self._num_passes - _FORGOTTEN_AFTER)
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """In passes of the size in which a token costs least, as far as is known."""
-        return min((typical.seconds / typical.num_tokens for typical in self._known()), default=None)
-
-    def draft_length(self, accuracies: Sequence[float]) -> int:
-        """How many guessed tokens, right as often as is said of each if all before it are, make passes yield most for what they cost."""
-        if not accuracies:
-            return 0
-        best_cost, *costs = self._seconds(1 + len(accuracies))
-        best, best_tokens = 0, 1.0  # that a pass yields on average
-        tokens = likelihood = 1.0
-        for length, (accuracy, cost) in enumerate(zip(accuracies, costs, strict=True), start=1):
-            likelihood *= min(accuracy, _BEST_ACCURACY)
-            tokens += likelihood
-            if tokens * best_cost > best_tokens * cost:
-                best, best_tokens, best_cost = length, tokens, cost
-        return best
-
-    def _seconds(self, max_tokens: int) -> list[float]:
-        """Of passes of 1, 2, … tokens: on a line between sizes that are known; beyond them, one more token is half a pass of one."""
-        known = sorted((typical.num_tokens, typical.seconds) for typical in self._known()) or [(1.0, 1.0)]
-        (first, least), (last, most) = known[0], known[-1]
-        sizes, seconds = zip((0.0, least / (1 + first)), *known, (_FAR, most * (1 + _FAR) / (1 + last)), strict=True)
-        found: list[float] = np.interp(range(1, max_tokens + 1), sizes, seconds).tolist()
-        return found
-
-    def _known(self) -> list[_Typical]:
-        return [typical for typical in self._typical.values() if typical.count >= _KNOWN_AFTER]
-
-    def _forget(self, last_pass: int) -> None:
-        """What drafts of sizes that were not used since took. How fast prompts are read stays known."""
-        for size in [size for size, typical in self._typical.items() if size <= _LARGEST and typical.last_pass <= last_pass]:
-            del self._typical[size]
-
-
-def _least_alike(num_tokens: int) -> int:
-    """The least size of the passes that one of so many tokens is known with."""
-    return num_tokens if num_tokens <= _LARGEST else max(1 << num_tokens.bit_length() - 1, _LARGEST + 1)
-
-
-class _Typical:
-    """Passes of about one size: how many tokens they have and how long they take, whatever the machine does besides."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = float(num_tokens)
-        self.seconds = math.inf
-        self.count = 0
-        self.last_pass = 0
-
-    def add(self, num_tokens: int, seconds: float) -> None:
-        self.count += 1
-        self.num_tokens += _PASS_RATE * (num_tokens - self.num_tokens)
-        if self.count <= _KNOWN_AFTER:
-            self.seconds = min(self.seconds, seconds)
-        else:
-            step = _LARGEST_STEP * self.seconds
-            self.seconds += min(max(_PASS_RATE * (seconds - self.seconds), -step), step)

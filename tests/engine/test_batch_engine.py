@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmserve.engine.generation import ChoiceEnd, Delta, Failed, GenerationEnd, GenerationParams, SamplingParams
-from llmserve.engine.speculation import PassCost
+from llmserve.engine.pass_cost import PassCost
 from llmserve.engine.statistics import StatisticsCounter
 from llmserve.errors import EngineFailed, QueueFull, ShuttingDown
 from tests.fakes import FakeBackend, FakeBatchBackend, babble, make_engine, ramble, say
