@@ -39,17 +39,34 @@ def _text(number: int) -> str:
     return " ".join(_SENTENCES[first:] + _SENTENCES[:first])
 
 
+_EVENTS = (
+    "INFO server started on port 8080",
+    "ERROR disk /dev/sda1 is full",
+    "INFO user anna logged in",
+    "ERROR connection to database lost",
+    "INFO user bert logged in",
+    "ERROR request timed out after 30 seconds",
+    "INFO backup finished",
+    "ERROR certificate has expired",
+)
+
+
 def extraction(number: int) -> str:
-    return f"Quote the sentences of this text that speak of the mayor or of the railway:\n\n{_text(number)}"
+    first = number % len(_EVENTS)
+    events = _EVENTS[first:] + _EVENTS[:first]
+    log = "\n".join(
+        f"2026-03-{number % 20 + 1:02} 0{hour}:{(17 * hour + 7 * number) % 60:02} {event}"
+        for hour, event in enumerate(events, start=1)
+    )
+    return f"Write down the lines of this log that say ERROR:\n\n{log}"
 
 
 def code_edit(number: int) -> str:
-    """Half of the default model's answer copies, the rest is its commentary."""
     return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin")
 
 
 def long_code_edit(number: int) -> str:
-    """Of which the whole answer copies, with another indentation."""
+    """One that takes all of the answer: behind a shorter class the default model has much to say about it."""
     more = ("owner", "serial", "batch", "shelf", "volume", "status", "vendor", "stock")
     return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin", *more)
 
@@ -64,8 +81,8 @@ KINDS: dict[str, tuple[Callable[[int], str], float, str]] = {
     "correction, greedy": (correction, 0.0, "≥ 1.5"),
     "repetition, greedy": (repetition, 0.0, "≥ 1.5"),
     "extraction, greedy": (extraction, 0.0, "≥ 1.5"),
-    "code edit, greedy": (code_edit, 0.0, "≥ 1.5"),
-    "long code edit, greedy": (long_code_edit, 0.0, "≥ 1.5"),
+    "code edit, greedy": (long_code_edit, 0.0, "≥ 1.5"),
+    "code edit and as much commentary, greedy": (code_edit, 0.0, "≥ 0.97"),
     "correction, temperature 0.3": (correction, 0.3, "≥ 1.5"),
     "stories, greedy": (story, 0.0, "≥ 0.97"),
     "stories, temperature 1": (story, 1.0, "≥ 0.97"),

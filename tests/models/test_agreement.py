@@ -1,7 +1,9 @@
 """Both libraries on one file: the same text gets the same probabilities. And one of them, whatever else it does."""
 
+import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,20 @@ def test_the_two_libraries_agree_on_a_real_text():
     )
     assert len(token_ids) > 100
     assert np.mean(divergences) <= 0.02
+
+
+def test_a_file_that_is_opened_leaves_no_threads_behind():
+    """Where the library rearranges weights with several, all of a later pass would sleep for them."""
+    from llmserve.engine.llamacpp_backend import LlamaCppBackend, LlamaCppSettings
+
+    model = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp", weights="file")).model
+    before = num_threads()
+    with closing(LlamaCppBackend(model.path, 512, 1, 64, LlamaCppSettings(repack=model.repack))):
+        assert num_threads() == before
+
+
+def num_threads():
+    return len(list(Path("/proc/self/task").iterdir())) if sys.platform == "linux" else 0
 
 
 @pytest.mark.parametrize("kernels", [{}, {"flash_attention": "off"}, {"kv_type": "q8_0"}], ids=["fused", "plain", "quantized"])
