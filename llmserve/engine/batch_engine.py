@@ -29,7 +29,7 @@ from llmserve.engine.compute import ComputeBudget
 from llmserve.engine.engine import Engine, EngineInfo, EngineSettings, Job
 from llmserve.engine.generation import ChoiceEnd, PromptScores
 from llmserve.engine.logprobs import PromptScorer
-from llmserve.engine.pass_cost import PassCost
+from llmserve.engine.pass_cost import LONGEST_DRAFT, PassCost
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.slots import advance_grid, common_prefix_length, gain, num_reusable, round_up_to_grid
 from llmserve.engine.speculation import PromptLookup
@@ -310,7 +310,7 @@ class BatchEngine(Engine):
     def _with_draft(self, lane: _Lane) -> list[tuple[_Lane, int]]:
         """The token of the only sequence there is, and what it will probably say next, as far as that pays."""
         if lane.lookup is not None and lane.sequence is not None:
-            most = min(lane.sequence.num_left, self._backend.batch_size) - 1
+            most = min(lane.sequence.num_left - 1, self._backend.batch_size - 1, LONGEST_DRAFT)
             token_ids, accuracies = lane.lookup.draft(most)
             lane.num_drafted = self._pass_cost.draft_length(accuracies)
             lane.pending += token_ids[: lane.num_drafted]

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LONGEST_DRAFT = 24
+"""Tokens of which it is worth asking whether they are worth it."""
+
 _BEST_ACCURACY = 0.99
 _KNOWN_AFTER = 3  # passes
 _FORGOTTEN_AFTER = 500  # passes of other sizes
 _PASS_RATE = 0.2  # of learning
-_LARGEST = 25  # tokens of a pass whose size is known by itself
+_LARGEST = 1 + LONGEST_DRAFT  # of the passes that have one
 _LARGEST_STEP = 0.05  # of the time known, so that a pass that another program has held up changes little
 _FAR = 1e6  # tokens; more than any pass has
 

@@ -21,7 +21,6 @@ _ACCURACIES_AT_TEMPERATURE_1 = (0.2, 0.35, 0.55, 0.8, 0.9, 0.95)
 """At first, too, and above; between them they are mixed."""
 _EDIT_ACCURACIES_AT_FIRST = (0.35, 0.9)
 _LEARNING_RATE = 0.05  # of an accuracy
-_LONGEST_DRAFT = 24  # tokens
 _REACH = 16
 """Tokens after which a text that has departed from what it copies is not expected back any more: of its own, and of what it copies."""
 _ELSEWHERE = 5  # tokens alike that say that it is copying something else by now
@@ -89,7 +88,7 @@ class PromptLookup:
         A right guess makes the run of tokens that are alike a longer one: the next is as good as those behind such a run.
         """
         draft, place = Draft([], []), self._next
-        while place is not None and len(draft.token_ids) < min(max_tokens, _LONGEST_DRAFT):
+        while place is not None and len(draft.token_ids) < max_tokens:
             token_id = self._token(place, draft.token_ids)
             if token_id is None:
                 break
