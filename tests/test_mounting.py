@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from wsgiref.validate import validator
 
@@ -87,7 +87,8 @@ def in_waitress(app):
     try:
         yield server.effective_port
     finally:
-        server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))  # in its own thread, which ends without sockets
+        with suppress(OSError):  # its thread was awake and is done already
+            server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))  # in its own thread, which ends without sockets
         thread.join(TIMEOUT)
         server.task_dispatcher.shutdown()
 
