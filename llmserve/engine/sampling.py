@@ -96,8 +96,10 @@ class Sampler:
 
     def _weights(self, scores: Logits) -> Logits:
         """Of each token, the likeliest one's being 1."""
-        weights: Logits = np.exp((scores - scores[_greedy(scores)]) / np.float32(self._params.temperature))
-        return weights
+        weights: Logits = scores - scores[_greedy(scores)]
+        if self._params.temperature != 1:
+            weights /= np.float32(self._params.temperature)
+        return np.exp(weights, out=weights)
 
     def _keeps(self, token_id: int, scores: Logits, allows: Callable[[int], bool]) -> bool | None:
         """Whether truncation leaves an allowed token among the allowed ones; None if that takes more than a few questions."""
