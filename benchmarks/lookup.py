@@ -34,9 +34,13 @@ def repetition(number: int) -> str:
 
 
 def _text(number: int) -> str:
-    """Another order of the sentences each time."""
-    first = number % len(_SENTENCES)
-    return " ".join(_SENTENCES[first:] + _SENTENCES[:first])
+    return " ".join(_in_turn(_SENTENCES, number))
+
+
+def _in_turn(parts: tuple[str, ...], number: int) -> tuple[str, ...]:
+    """Another order each time."""
+    first = number % len(parts)
+    return parts[first:] + parts[:first]
 
 
 _EVENTS = (
@@ -52,26 +56,27 @@ _EVENTS = (
 
 
 def extraction(number: int) -> str:
-    first = number % len(_EVENTS)
-    events = _EVENTS[first:] + _EVENTS[:first]
     log = "\n".join(
         f"2026-03-{number % 20 + 1:02} 0{hour}:{(17 * hour + 7 * number) % 60:02} {event}"
-        for hour, event in enumerate(events, start=1)
+        for hour, event in enumerate(_in_turn(_EVENTS, number), start=1)
     )
     return f"Write down the lines of this log that say ERROR:\n\n{log}"
 
 
+_FIELDS = ("width", "height", "depth", "weight", "colour", "price", "label", "origin")
+_MORE_FIELDS = ("owner", "serial", "batch", "shelf", "volume", "status", "vendor", "stock")
+
+
 def code_edit(number: int) -> str:
-    return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin")
+    return _code_edit(number, _FIELDS)
 
 
 def long_code_edit(number: int) -> str:
     """One that takes all of the answer: behind a shorter class the default model has much to say about it."""
-    more = ("owner", "serial", "batch", "shelf", "volume", "status", "vendor", "stock")
-    return _code_edit(number, "width", "height", "depth", "weight", "colour", "price", "label", "origin", *more)
+    return _code_edit(number, _FIELDS + _MORE_FIELDS)
 
 
-def _code_edit(number: int, *fields: str) -> str:
+def _code_edit(number: int, fields: tuple[str, ...]) -> str:
     body = "\n".join(f"        self.{field} = {field}  # number {number}" for field in fields)
     code = f"class Box{number}:\n    def __init__(self, {', '.join(fields)}):\n{body}\n"
     return f"Write this Python class once more, with the class name Crate instead of Box{number}:\n\n```python\n{code}```"

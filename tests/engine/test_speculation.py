@@ -134,7 +134,7 @@ def test_a_whole_draft_has_the_edit_in_it():
 def test_an_edit_that_is_not_made_again_is_forgotten_and_the_copy_goes_on():
     source = [5, 6, *flat(lines([1, 2], [3]))]
     edited, plain = flat(lines([8, 9, 2], [3], 2)), flat(lines([1, 2], [3]))[10:]
-    found = replayed([*source, 7, 5, 6], [*edited, *[plain[0]]])
+    found = replayed([*source, 7, 5, 6], [*edited, plain[0]])
     assert found[-1][1] == 8 != found[-1][0]
     lookup = followed([*source, 7, 5, 6], [*edited, plain[0]])
     assert lookup.draft(6).token_ids[:5] == plain[1:6]
