@@ -1,7 +1,6 @@
 """Choose the next token from raw logits: biases, penalties, temperature, top-k, top-p, min-p, then one seeded draw.
 
-The same for every backend. Works on the few candidates that matter and never sorts a vocabulary: greedy is one argmax,
-a draw from the whole distribution is one exp and a sum over blocks.
+The same for every backend. What a draw costs is `distribution.py`'s concern; greedy is one argmax.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmserve.engine.backend import Logits
+from llmserve.engine.distribution import Distribution, likeliest
 from llmserve.engine.generation import SamplingParams
 
 GREEDY_BELOW = 1e-4
@@ -24,10 +23,6 @@ _MOST_DRAWS = 5
 _MOST_QUESTIONS = 256
 _NEAR = math.log(4)
 """How far below a token in question (in nats) others are asked about. With these two, most of what is doubtful needs no mask."""
-
-_BLOCK = 256
-_THRESHOLDS = (1e-2, 1e-4, 1e-7)
-"""Weights, the likeliest token's being 1, tried in turn until the tokens above one are enough."""
 
 
 class Sampler:
@@ -80,26 +75,17 @@ class Sampler:
     def _choose(self, scores: Logits, first: int | None = None) -> int:
         """One of all tokens, as the parameters want it. `first` is it if it is among them at all: it has been drawn already."""
         if self._rng is None:
-            return _greedy(scores)
-        weights = self._weights(scores)
+            return likeliest(scores)
+        distribution = Distribution(scores, self._params.temperature)
         if not self._truncates:
-            return next(_draws_from_all(weights, self._rng))
-        candidates = _candidates(weights, self._params)
-        if first is not None and first in candidates:
-            return first
-        cumulative = weights[candidates].cumsum(dtype=np.float64)
-        return int(candidates[_find(cumulative, self._rng.random() * cumulative[-1])])
+            return next(distribution.draws(self._rng))
+        return distribution.draw_kept(self._params, self._rng, first)
 
     def _draws(self, scores: Logits) -> Iterator[int]:
         """Tokens in the order in which they are drawn if nothing is truncated, each once."""
-        return _descending(scores) if self._rng is None else _draws_from_all(self._weights(scores), self._rng)
-
-    def _weights(self, scores: Logits) -> Logits:
-        """Of each token, the likeliest one's being 1."""
-        weights: Logits = scores - scores[_greedy(scores)]
-        if self._params.temperature != 1:
-            weights /= np.float32(self._params.temperature)
-        return np.exp(weights, out=weights)
+        if self._rng is None:
+            return _descending(scores)
+        return Distribution(scores, self._params.temperature).draws(self._rng)
 
     def _keeps(self, token_id: int, scores: Logits, allows: Callable[[int], bool]) -> bool | None:
         """Whether truncation leaves an allowed token among the allowed ones; None if that takes more than a few questions."""
@@ -175,84 +161,11 @@ def _generator(seed: int | None, choice: int) -> np.random.Generator:
     return np.random.default_rng(None if seed is None else [seed % 2**64, choice])
 
 
-def _greedy(scores: Logits) -> int:
-    """The likeliest token, of several the first. Raises ValueError on NaN."""
-    token_id = int(scores.argmax())
-    if not np.isfinite(scores[token_id]):
-        raise ValueError("the model's scores are not finite numbers")
-    return token_id
-
-
 def _descending(scores: Logits) -> Iterator[int]:
     """The likeliest token, then the likeliest of the others, …"""
-    token_id = _greedy(scores)
+    token_id = likeliest(scores)
     while scores[token_id] > -np.inf:
         yield token_id
         scores = scores.copy()
         scores[token_id] = -np.inf
         token_id = int(scores.argmax())
-
-
-def _draws_from_all(weights: Logits, rng: np.random.Generator) -> Iterator[int]:
-    """Inverse transform sampling in two levels, blocks then tokens, so that only one block is summed up token by token.
-
-    What was drawn weighs nothing from then on.
-    """
-    num_blocks = len(weights) // _BLOCK
-    blocks = weights[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK)
-    sums = np.append(
-        np.einsum("ij->i", blocks), weights[num_blocks * _BLOCK :].sum(dtype=np.float64)
-    )  # a fifth of sum()'s time
-    while (cumulative := sums.cumsum())[-1]:
-        target = rng.random() * cumulative[-1]
-        block = _find(cumulative, target)
-        members = weights[block * _BLOCK : (block + 1) * _BLOCK]
-        member = _find(members.cumsum(dtype=np.float64), target - (cumulative[block - 1] if block else 0.0))
-        yield block * _BLOCK + member
-        members[member] = 0
-        sums[block] = members.sum(dtype=np.float64)
-
-
-def _find(cumulative: NDArray[np.float64], target: float) -> int:
-    """The first index whose cumulative weight exceeds `target`; by no rounding one behind the last that has any weight."""
-    return int(min(cumulative.searchsorted(target, side="right"), cumulative.searchsorted(cumulative[-1])))
-
-
-def _candidates(weights: Logits, params: SamplingParams) -> NDArray[np.int64]:
-    """Ids that top-k, top-p (of what top-k left) and min-p leave, likeliest first; equal weights by id. Never empty."""
-    total = 0.0
-    if params.top_k:
-        ids = _likeliest(weights, params.top_k)
-    elif params.top_p < 1:
-        total = float(weights.sum())
-        ids = _above_threshold(weights, lambda ids: weights[ids].sum(dtype=np.float64) >= params.top_p * total)
-    else:
-        ids = np.flatnonzero(weights >= np.float32(params.min_p))
-    ids = ids[np.argsort(-weights[ids], kind="stable")]
-    if params.top_k:
-        ids = ids[: params.top_k]
-    if params.top_p < 1:
-        cumulative = weights[ids].cumsum(dtype=np.float64)
-        ids = ids[: int(np.searchsorted(cumulative, params.top_p * (total or cumulative[-1]))) + 1]
-    if params.min_p:
-        ids = ids[weights[ids] >= np.float32(params.min_p)]
-    return ids
-
-
-def _likeliest(weights: Logits, count: int) -> NDArray[np.int64]:
-    """The ids of the `count` likeliest tokens that can be drawn at all, and perhaps of some more."""
-    for threshold in _THRESHOLDS:
-        ids = np.flatnonzero(weights >= np.float32(threshold))
-        if len(ids) >= count:
-            return ids
-    rank = max(0, len(weights) - count)
-    return np.flatnonzero((weights >= np.partition(weights, rank)[rank]) & (weights > 0))
-
-
-def _above_threshold(weights: Logits, enough: Callable[[NDArray[np.int64]], bool]) -> NDArray[np.int64]:
-    """The ids of the likeliest tokens, by the highest threshold that leaves enough."""
-    for threshold in (*_THRESHOLDS, 0.0):
-        ids = np.flatnonzero(weights >= np.float32(threshold))
-        if enough(ids):
-            break
-    return ids
