@@ -13,6 +13,7 @@ counted here (`MatMul.claim`), and only while there is none.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import mmap
 import os
@@ -146,9 +147,24 @@ def _open_table(function: Any) -> dict[str, _Entry]:
     for place in places.values():
         _make_writable(place)
     table = {name: _Entry(places[name], _address(functions[other])) for name, other in _REPLACED.items()}
+    if (kernels := _own_kernels()) is not None:
+        others = ctypes.c_void_p.in_dll(kernels, "llmserve_others")
+        others.value = _address(functions["llamafile_sgemm"])
+        _Entry(places["llamafile_sgemm"], _address(kernels.llmserve_product)).set(True)
+        table["llamafile_sgemm"] = _Entry(ctypes.addressof(others), 0)
     # Behind each pass ggml gives a thread back to all nodes, if it thinks that there are several, and they were never counted.
     table.pop("pthread_setaffinity_np").set(True)
     return table
+
+
+def _own_kernels() -> ctypes.CDLL | None:
+    """What matmul.c became, if it was compiled and this processor can do what it needs."""
+    spec = importlib.util.find_spec("llmserve.engine._matmul")
+    if spec is None or spec.origin is None:
+        log.info("llmserve was installed without a compiler: llama.cpp alone multiplies")
+        return None
+    kernels = ctypes.CDLL(spec.origin)
+    return kernels if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", kernels))() else None
 
 
 def _places(path: str) -> dict[str, int]:
