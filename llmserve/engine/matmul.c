@@ -1,25 +1,27 @@
-/* Products of matrices in ggml's type Q8_0 (ggml-common.h: blocks of 32 bytes with one scale), for processors with AVX-512 VNNI.
+/* Products of matrices in ggml's types Q8_0 and Q4_1 (ggml-common.h: blocks of 32 numbers with one scale), for processors with AVX-512 VNNI.
 
-   ggml multiplies a row with one column at a time. The sum of a block's 32 products takes one instruction; to add up that vector, make
-   it a float and scale it takes six more. Here those are shared: a vector holds the sums of eight rows where there are few columns,
-   and of 8 or 16 columns where there are more.
+   ggml multiplies a row with one column at a time. The sum of a block's 32 products takes one instruction; to add up the vector that it
+   is, make it a float and scale it takes six more. Here those are shared: a vector holds the sums of eight rows where there are few
+   columns, and of 8 or 16 columns where there are more.
 
-   The instruction multiplies unsigned bytes by signed ones. So 128 is added to each byte of a row, and sums begin at what that adds.
+   The instruction multiplies unsigned bytes by signed ones. So 128 is added to each byte of a row in Q8_0, and sums begin at what that adds.
 
    An element is the same to the last bit in all of these forms, and however many columns are asked for: the sum of a block is a whole
    number, and one block after the other is scaled and added.
 
-   There is no Python in here; matmul.py opens it with ctypes. Everything is thread-safe but the setting of `llmserve_others`. */
+   There is no Python in here; matmul.py opens it with ctypes. All is thread-safe but the setting of `llmserve_others`. */
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* As of ggml's own (llamafile/sgemm.h): c = a * b, of m rows, n columns and k blocks in each row and column. Rows and columns begin every
-   lda, ldb blocks and ldc floats. Of all threads that call it, each does its share. False if nothing was done. */
 struct params {  /* the beginning of ggml_compute_params (ggml-cpu-impl.h) */
     int thread, num_threads;
 };
+
+/* As of llamafile_sgemm (ggml's llamafile/sgemm.h): c = a * b, of m rows, n columns and k blocks in each row and column. Rows and columns
+   begin every lda and ldb blocks and ldc floats. Each of the threads that call it does its share. False if nothing was done. */
 typedef bool product(const struct params *, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb,
                      void *c, int64_t ldc, int type_a, int type_b, int type_c);
 
@@ -31,206 +33,232 @@ bool llmserve_can(void);
 
 #include <immintrin.h>
 
-enum { F32 = 0, Q8_0 = 8 };  /* of ggml_type (ggml.h) */
-enum { SIZE = 32, ROWS = 8, FEW = 5, MOST_COLUMNS = 64, MOST_BYTES = 1 << 19 };
+enum { F32 = 0, Q4_1 = 3, Q8_0 = 8, Q8_1 = 9 };  /* of ggml_type (ggml.h); columns are in Q8_0 for rows in Q8_0, in Q8_1 for rows in Q4_1 */
+enum { SIZE = 32, ROWS = 16, BLOCKS = 16, TILE = 8, MOST_COLUMNS = 64, MOST_BLOCKS = 1 << 14 };
 
-typedef struct {
-    uint16_t scale;  /* a float of 16 bits */
+struct q8_0 {
+    uint16_t scale;  /* a float of 16 bits, as all of these */
     int8_t values[SIZE];
-} Block;
+};
+
+struct q8_1 {
+    uint16_t scale, sum;  /* of the scaled values */
+    int8_t values[SIZE];
+};
+
+struct q4_1 {
+    uint16_t scale, least;  /* a number is scale * nibble + least */
+    uint8_t nibbles[SIZE / 2];  /* low ones first */
+};
 
 #define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")))
-#define INLINE FAST static inline __attribute__((always_inline))
+#define INLINE FAST static inline __attribute__((always_inline))  /* with `type` and numbers of columns known to the compiler */
 
-INLINE __m256i values_of(const Block *block) {
-    return _mm256_loadu_si256((const void *)block->values);
+static inline int size_of_row_block(int type) {
+    return type == Q8_0 ? sizeof(struct q8_0) : sizeof(struct q4_1);
 }
 
-/* For each of the eight dwords of a block of a column: what adding 128 to a row's bytes takes away from its products. */
-INLINE __m256i start_of(const Block *block) {
-    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(-128), values_of(block)));
+static inline int size_of_column_block(int type) {
+    return type == Q8_0 ? sizeof(struct q8_0) : sizeof(struct q8_1);
 }
 
-INLINE __m256i unsigned_of(const Block *block) {
-    return _mm256_xor_si256(values_of(block), _mm256_set1_epi8(-128));
+static inline int offset_of_values(int type) {
+    return type == Q8_0 ? offsetof(struct q8_0, values) : offsetof(struct q8_1, values);
 }
 
-INLINE int32_t sum_of(__m256i dwords) {
+INLINE __m256i values_of(int type, const char *block) {
+    return _mm256_loadu_si256((const void *)(block + offset_of_values(type)));
+}
+
+/* The first two bytes of any block; the second two of some. */
+INLINE uint16_t half_at(const char *block, int place) {
+    uint16_t half;
+    memcpy(&half, block + 2 * place, 2);
+    return half;
+}
+
+/* Where the sum of a column's block begins. */
+INLINE int32_t start_of(int type, const char *block) {
+    if (type != Q8_0) return 0;
+    __m256i dwords = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), values_of(type, block));
     __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
     sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1)));
+    return -128 * _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1)));
 }
 
-/* ---- Few columns: a vector holds the sums of eight rows */
+/* ---- A block of sixteen rows */
 
-struct few {
-    const __m256i *starts;  /* [column][block] */
-    const float *scales;  /* [column][block] */
-    const Block *columns;
-    int64_t ld, k;
+struct panel {
+    __m512i bytes[SIZE / 4];  /* unsigned, four of each row */
+    uint16_t scales[ROWS], least[ROWS];
 };
 
-INLINE __m256 scales_of(const Block *const rows[ROWS], int64_t block) {
-    __m128i scales = _mm_cvtsi32_si128(rows[0][block].scale);
-    scales = _mm_insert_epi16(scales, rows[1][block].scale, 1);
-    scales = _mm_insert_epi16(scales, rows[2][block].scale, 2);
-    scales = _mm_insert_epi16(scales, rows[3][block].scale, 3);
-    scales = _mm_insert_epi16(scales, rows[4][block].scale, 4);
-    scales = _mm_insert_epi16(scales, rows[5][block].scale, 5);
-    scales = _mm_insert_epi16(scales, rows[6][block].scale, 6);
-    scales = _mm_insert_epi16(scales, rows[7][block].scale, 7);
-    return _mm256_cvtph_ps(scales);
+/* Of sixteen bytes of each row, four: from lanes that hold those of every fourth row. */
+INLINE void transpose(__m512i s[4]) {
+    __m512i low01 = _mm512_unpacklo_epi32(s[0], s[1]), high01 = _mm512_unpackhi_epi32(s[0], s[1]);
+    __m512i low23 = _mm512_unpacklo_epi32(s[2], s[3]), high23 = _mm512_unpackhi_epi32(s[2], s[3]);
+    s[0] = _mm512_unpacklo_epi64(low01, low23), s[1] = _mm512_unpackhi_epi64(low01, low23);
+    s[2] = _mm512_unpacklo_epi64(high01, high23), s[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-/* The sum of each of eight vectors. */
-INLINE __m256i sums_of(__m256i s[ROWS]) {
+/* Sixteen bytes of each row, that begin so far behind the row's own beginning; four of each in a vector. */
+INLINE void gather(const char *const rows[ROWS], int64_t offset, __m512i out[4]) {
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i += 2) s[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(s[i], s[i + 1]), _mm256_unpackhi_epi32(s[i], s[i + 1]));
-#pragma GCC unroll 2
-    for (int i = 0; i < ROWS; i += 4) s[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(s[i], s[i + 2]), _mm256_unpackhi_epi64(s[i], s[i + 2]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(s[0], s[4], 0x20), _mm256_permute2x128_si256(s[0], s[4], 0x31));
+    for (int i = 0; i < 4; i++) {
+        __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(rows[i] + offset)));
+        __m256i high = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(rows[i + 8] + offset)));
+        low = _mm256_inserti128_si256(low, _mm_loadu_si128((const void *)(rows[i + 4] + offset)), 1);
+        high = _mm256_inserti128_si256(high, _mm_loadu_si128((const void *)(rows[i + 12] + offset)), 1);
+        out[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    transpose(out);
 }
 
-INLINE void multiply_few(const Block *const rows[ROWS], const char *ahead, const struct few *few, int num_columns, __m256 out[FEW]) {
-#pragma GCC unroll 5
-    for (int column = 0; column < num_columns; column++) out[column] = _mm256_setzero_ps();
-    for (int64_t block = 0; block < few->k; block++, ahead += ROWS * sizeof(Block)) {
-#pragma GCC unroll 5
-        for (int i = 0; i < 5; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T0);
-        __m256i weights[ROWS];
+INLINE void unpack(int type, struct panel *panel, const char *const rows[ROWS], int64_t block) {
+    int64_t offset = block * size_of_row_block(type);
+    if (type == Q8_0) {
+        gather(rows, offset + offsetof(struct q8_0, values), panel->bytes);
+        gather(rows, offset + offsetof(struct q8_0, values) + SIZE / 2, panel->bytes + 4);
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; row++) weights[row] = unsigned_of(rows[row] + block);
-        __m256 scales = scales_of(rows, block);
-#pragma GCC unroll 5
-        for (int column = 0; column < num_columns; column++) {
-            int64_t place = column * few->k + block;
-            __m256i values = values_of(few->columns + column * few->ld + block), start = few->starts[place], sums[ROWS];
-#pragma GCC unroll 8
-            for (int row = 0; row < ROWS; row++) sums[row] = _mm256_dpbusd_epi32(start, weights[row], values);
-            __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums_of(sums)), _mm256_set1_ps(few->scales[place]));
-            out[column] = _mm256_fmadd_ps(scaled, scales, out[column]);
+        for (int i = 0; i < 8; i++) panel->bytes[i] = _mm512_xor_si512(panel->bytes[i], _mm512_set1_epi8(-128));
+    } else {
+        gather(rows, offset + offsetof(struct q4_1, nibbles), panel->bytes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            panel->bytes[i + 4] = _mm512_and_si512(_mm512_srli_epi16(panel->bytes[i], 4), _mm512_set1_epi8(15));
+            panel->bytes[i] = _mm512_and_si512(panel->bytes[i], _mm512_set1_epi8(15));
         }
     }
-}
-
-/* A switch, so that the compiler makes a loop for each number of columns. */
-FAST static void multiply_few_by(int num_columns, const Block *const rows[ROWS], const char *ahead, const struct few *few, __m256 out[FEW]) {
-    switch (num_columns) {
-        case 1: multiply_few(rows, ahead, few, 1, out); break;
-        case 2: multiply_few(rows, ahead, few, 2, out); break;
-        case 3: multiply_few(rows, ahead, few, 3, out); break;
-        case 4: multiply_few(rows, ahead, few, 4, out); break;
-        default: multiply_few(rows, ahead, few, FEW, out);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+        panel->scales[i] = half_at(rows[i] + offset, 0);
+        if (type == Q4_1) panel->least[i] = half_at(rows[i] + offset, 1);
     }
 }
 
-FAST static void product_of_few(int64_t first, int64_t last, int64_t n, int64_t k, const Block *a, int64_t lda, const Block *b, int64_t ldb,
-                                float *c, int64_t ldc) {
-    __m256i starts[n * k];
-    float scales[n * k];
-    for (int column = 0; column < n; column++)
-        for (int64_t block = 0; block < k; block++) {
-            starts[column * k + block] = start_of(b + column * ldb + block);
-            scales[column * k + block] = _cvtsh_ss(b[column * ldb + block].scale);
-        }
-    struct few few = {starts, scales, b, ldb, k};
-    for (int64_t row = first; row < last; row += ROWS) {
-        int num_rows = last - row < ROWS ? (int)(last - row) : ROWS;
-        const Block *rows[ROWS];
-        for (int i = 0; i < ROWS; i++) rows[i] = a + (row + (i < num_rows ? i : 0)) * lda;
-        __m256 out[FEW];
-        multiply_few_by((int)n, rows, (const char *)(a + (row + 2 * ROWS) * lda), &few, out);
-        for (int column = 0; column < n; column++) memcpy(c + column * ldc + row, out + column, (size_t)num_rows * sizeof(float));
-    }
+INLINE __m512 floats_of(const uint16_t halves[ROWS]) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves));
 }
 
-/* ---- More columns: a vector holds the sums of as many of them as it has lanes */
+/* For the compiler to make code for each number. */
+#define WITH_NUMBER(n, function, ...)              \
+    switch (n) {                                   \
+        case 1: function(1, __VA_ARGS__); break;   \
+        case 2: function(2, __VA_ARGS__); break;   \
+        case 3: function(3, __VA_ARGS__); break;   \
+        case 4: function(4, __VA_ARGS__); break;   \
+        case 5: function(5, __VA_ARGS__); break;   \
+        case 6: function(6, __VA_ARGS__); break;   \
+        case 7: function(7, __VA_ARGS__); break;   \
+        default: function(TILE, __VA_ARGS__);      \
+    }
 
-struct group {
-    int lanes, num_columns;
-    int32_t *values;  /* [block][dword][lane] */
-    int32_t *starts;  /* [block][lane] */
-    float *scales;  /* [block][lane] */
+struct columns {
+    const char *blocks;
+    int64_t ld, k;
+    const int32_t *starts;  /* [column][block] */
+    const float *scales, *sums;  /* [column][block] */
 };
-enum { BYTES_OF_LANE = SIZE + sizeof(int32_t) + sizeof(float) };  /* for each block */
 
-FAST static struct group interleave(char *buffer, int lanes, int num_columns, int64_t k, const Block *b, int64_t ldb) {
-    struct group group = {lanes, num_columns, (int32_t *)buffer, (int32_t *)(buffer + k * SIZE * lanes), NULL};
-    group.scales = (float *)(group.starts + k * lanes);
-    for (int64_t block = 0; block < k; block++)
-        for (int lane = 0; lane < lanes; lane++) {
-            const Block *column = b + (lane < num_columns ? lane : 0) * ldb + block;
-            int32_t dwords[SIZE / 4];
-            memcpy(dwords, column->values, SIZE);
-            for (int i = 0; i < SIZE / 4; i++) group.values[(block * (SIZE / 4) + i) * lanes + lane] = dwords[i];
-            group.starts[block * lanes + lane] = sum_of(start_of(column));
-            group.scales[block * lanes + lane] = _cvtsh_ss(column->scale);
+/* Add a block to the products with so many columns from `column` on. */
+INLINE void multiply(int num_columns, int type, const struct panel *panel, const struct columns *columns, int64_t column, int64_t block,
+                     __m512 out[TILE]) {
+    const __m512 scales = floats_of(panel->scales), least = type == Q4_1 ? floats_of(panel->least) : scales;
+#pragma GCC unroll 8
+    for (int j = 0; j < num_columns; j++) {
+        int64_t place = (column + j) * columns->k + block;
+        const char *values = columns->blocks + (column + j) * columns->ld + block * size_of_column_block(type) + offset_of_values(type);
+        __m512i sums = _mm512_set1_epi32(columns->starts[place]);
+#pragma GCC unroll 8
+        for (int i = 0; i < SIZE / 4; i++) {
+            int32_t dword;
+            memcpy(&dword, values + 4 * i, 4);
+            sums = _mm512_dpbusd_epi32(sums, panel->bytes[i], _mm512_set1_epi32(dword));
         }
-    return group;
+        out[j] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(columns->scales[place])), scales, out[j]);
+        if (type == Q4_1) out[j] = _mm512_fmadd_ps(_mm512_set1_ps(columns->sums[place]), least, out[j]);
+    }
 }
 
-/* Four rows, whose bytes and scales are [row][block]. */
-#define MULTIPLY(NAME, INTS, FLOATS, _mm)                                                                                          \
-    INLINE void NAME(const uint8_t *bytes, const float *scales, int64_t k, const struct group *group, float out[ROWS / 2][16]) {   \
-        const INTS *values = (const INTS *)group->values, *starts = (const INTS *)group->starts;                                   \
-        const FLOATS *group_scales = (const FLOATS *)group->scales;                                                                \
-        FLOATS totals[ROWS / 2] = {_mm##_setzero_ps(), _mm##_setzero_ps(), _mm##_setzero_ps(), _mm##_setzero_ps()};                \
-        for (int64_t block = 0; block < k; block++) {                                                                              \
-            INTS sums[ROWS / 2] = {starts[block], starts[block], starts[block], starts[block]};                                    \
-            _Pragma("GCC unroll 8") for (int i = 0; i < SIZE / 4; i++)                                                             \
-                _Pragma("GCC unroll 4") for (int row = 0; row < ROWS / 2; row++) {                                                 \
-                    int32_t dword;                                                                                                 \
-                    memcpy(&dword, bytes + (row * k + block) * SIZE + 4 * i, 4);                                                   \
-                    sums[row] = _mm##_dpbusd_epi32(sums[row], _mm##_set1_epi32(dword), values[block * (SIZE / 4) + i]);            \
-                }                                                                                                                  \
-            _Pragma("GCC unroll 4") for (int row = 0; row < ROWS / 2; row++) {                                                     \
-                FLOATS scaled = _mm##_mul_ps(_mm##_cvtepi32_ps(sums[row]), group_scales[block]);                                   \
-                totals[row] = _mm##_fmadd_ps(scaled, _mm##_set1_ps(scales[row * k + block]), totals[row]);                         \
-            }                                                                                                                      \
-        }                                                                                                                          \
-        for (int row = 0; row < ROWS / 2; row++) *(FLOATS *)out[row] = totals[row];                                                \
-    }
+/* ---- Sixteen rows, from two panels of them ahead of which on memory is fetched meanwhile */
 
-MULTIPLY(multiply_8, __m256i, __m256, _mm256)
-MULTIPLY(multiply_16, __m512i, __m512, _mm512)
+INLINE void fetch(int type, const char *ahead, int64_t block) {
+#pragma GCC unroll 9
+    for (int i = 0; i < ROWS * size_of_row_block(type); i += 64) _mm_prefetch(ahead + block * ROWS * size_of_row_block(type) + i, _MM_HINT_T1);
+}
 
-FAST static void product_of_groups(int64_t first, int64_t last, int64_t n, int64_t k, const Block *a, int64_t lda, const Block *b, int64_t ldb,
-                                   float *c, int64_t ldc) {
-    char *place = __builtin_alloca_with_align((size_t)((n + 15) / 8 * 8 * k * BYTES_OF_LANE), 8 * 64);
-    struct group groups[MOST_COLUMNS / 16 + 1];
-    int num_groups = 0;
-    for (int64_t column = 0; column < n; column += groups[num_groups++].num_columns) {
-        int lanes = n - column > 8 ? 16 : 8;
-        groups[num_groups] = interleave(place, lanes, n - column < lanes ? (int)(n - column) : lanes, k, b + column * ldb, ldb);
-        place += lanes * k * BYTES_OF_LANE;
+/* Times a few columns: a block of rows stays in registers. */
+INLINE void multiply_few(int num_columns, int type, const char *const rows[ROWS], const char *ahead, const struct columns *columns, __m512 *totals) {
+    __m512 out[TILE];
+#pragma GCC unroll 8
+    for (int j = 0; j < num_columns; j++) out[j] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < columns->k; block++) {
+        struct panel panel;
+        fetch(type, ahead, block);
+        unpack(type, &panel, rows, block);
+        multiply(num_columns, type, &panel, columns, 0, block, out);
     }
-    __m256i bytes[ROWS * k];
-    float scales[ROWS * k];
+#pragma GCC unroll 8
+    for (int j = 0; j < num_columns; j++) totals[j] = out[j];
+}
+
+INLINE void multiply_tile(int num_columns, int type, const struct panel *panels, int num_blocks, const struct columns *columns, int64_t column,
+                          int64_t first, __m512 *totals) {
+    __m512 out[TILE];
+#pragma GCC unroll 8
+    for (int j = 0; j < num_columns; j++) out[j] = totals[j];
+    for (int i = 0; i < num_blocks; i++) multiply(num_columns, type, panels + i, columns, column, first + i, out);
+#pragma GCC unroll 8
+    for (int j = 0; j < num_columns; j++) totals[j] = out[j];
+}
+
+INLINE void multiply_many(int type, int64_t n, const char *const rows[ROWS], const char *ahead, const struct columns *columns, __m512 *totals) {
+    for (int64_t j = 0; j < n; j++) totals[j] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < columns->k; first += BLOCKS) {
+        int num_blocks = columns->k - first < BLOCKS ? (int)(columns->k - first) : BLOCKS;
+        struct panel panels[BLOCKS];
+        for (int i = 0; i < num_blocks; i++) {
+            fetch(type, ahead, first + i);
+            unpack(type, panels + i, rows, first + i);
+        }
+        for (int64_t j = 0; j < n; j += TILE) WITH_NUMBER(n - j, multiply_tile, type, panels, num_blocks, columns, j, first, totals + j)
+    }
+}
+
+INLINE void product_of(int type, int64_t first, int64_t last, int64_t n, int64_t k, const char *a, int64_t lda, const char *b, int64_t ldb,
+                       float *c, int64_t ldc) {
+    int32_t starts[n * k];
+    float scales[n * k], sums[n * k];
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t block = 0; block < k; block++) {
+            const char *from = b + j * ldb + block * size_of_column_block(type);
+            starts[j * k + block] = start_of(type, from);
+            scales[j * k + block] = _cvtsh_ss(half_at(from, 0));
+            sums[j * k + block] = _cvtsh_ss(half_at(from, 1));
+        }
+    struct columns columns = {b, ldb, k, starts, scales, sums};
     for (int64_t row = first; row < last; row += ROWS) {
         int num_rows = last - row < ROWS ? (int)(last - row) : ROWS;
-        for (int i = 0; i < ROWS; i++) {
-            const Block *from = a + (row + (i < num_rows ? i : 0)) * lda;
-            for (int64_t block = 0; block < k; block++) {
-                _mm_prefetch((const char *)(from + ROWS * lda + block), _MM_HINT_T0);
-                bytes[i * k + block] = unsigned_of(from + block);
-                scales[i * k + block] = _cvtsh_ss(from[block].scale);
-            }
-        }
-        float *to = c + row;
-        for (int i = 0; i < num_groups; to += groups[i++].num_columns * ldc) {
-            float out[ROWS][16] __attribute__((aligned(64)));
-            for (int half = 0; half < ROWS; half += ROWS / 2) {
-                const uint8_t *half_bytes = (const uint8_t *)(bytes + half * k);
-                if (groups[i].lanes == 8) multiply_8(half_bytes, scales + half * k, k, groups + i, out + half);
-                else multiply_16(half_bytes, scales + half * k, k, groups + i, out + half);
-            }
-            for (int column = 0; column < groups[i].num_columns; column++)
-                for (int j = 0; j < num_rows; j++) to[column * ldc + j] = out[j][column];
-        }
+        const char *rows[ROWS], *ahead = a + (row + 2 * ROWS) * lda;
+        for (int i = 0; i < ROWS; i++) rows[i] = a + (row + (i < num_rows ? i : 0)) * lda;
+        __m512 totals[MOST_COLUMNS];
+        if (n > TILE) multiply_many(type, n, rows, ahead, &columns, totals);
+        else WITH_NUMBER(n, multiply_few, type, rows, ahead, &columns, totals)
+        for (int64_t j = 0; j < n; j++) memcpy(c + j * ldc + row, totals + j, (size_t)num_rows * sizeof(float));
     }
 }
 
 /* ---- As ggml calls it */
+
+FAST static void product_of_q8_0(int64_t first, int64_t last, int64_t n, int64_t k, const char *a, int64_t lda, const char *b, int64_t ldb,
+                                 float *c, int64_t ldc) {
+    product_of(Q8_0, first, last, n, k, a, lda, b, ldb, c, ldc);
+}
+
+FAST static void product_of_q4_1(int64_t first, int64_t last, int64_t n, int64_t k, const char *a, int64_t lda, const char *b, int64_t ldb,
+                                 float *c, int64_t ldc) {
+    product_of(Q4_1, first, last, n, k, a, lda, b, ldb, c, ldc);
+}
 
 bool llmserve_can(void) {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -239,16 +267,17 @@ bool llmserve_can(void) {
 
 bool llmserve_product(const struct params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb,
                       void *c, int64_t ldc, int type_a, int type_b, int type_c) {
-    if (type_a != Q8_0 || type_c != F32 || 16 * k * BYTES_OF_LANE > MOST_BYTES)
+    if ((type_a != Q8_0 && type_a != Q4_1) || type_c != F32 || k > MOST_BLOCKS)
         return llmserve_others && llmserve_others(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
-    if (type_b != Q8_0) return false;  /* ggml makes it Q8_0 and asks again */
+    if (type_b != (type_a == Q8_0 ? Q8_0 : Q8_1)) return false;  /* ggml makes columns of that type and asks again */
     int64_t panels = (m + ROWS - 1) / ROWS, share = (panels + params->num_threads - 1) / params->num_threads * ROWS;
     int64_t first = share * params->thread, last = first + share < m ? first + share : m;
+    lda *= size_of_row_block(type_a), ldb *= size_of_column_block(type_a);
     for (int64_t column = 0, num; first < last && column < n; column += num) {
         num = n - column < MOST_COLUMNS ? n - column : MOST_COLUMNS;
-        while (num > 16 && num * k * BYTES_OF_LANE > MOST_BYTES) num /= 2;
-        (num <= FEW ? product_of_few : product_of_groups)(first, last, num, k, a, lda, (const Block *)b + column * ldb, ldb,
-                                                           (float *)c + column * ldc, ldc);
+        while (num * k > MOST_BLOCKS) num /= 2;
+        (type_a == Q8_0 ? product_of_q8_0 : product_of_q4_1)(first, last, num, k, a, lda, (const char *)b + column * ldb, ldb,
+                                                             (float *)c + column * ldc, ldc);
     }
     return true;
 }
