@@ -1,10 +1,12 @@
-"""Which of its ways to multiply matrices ggml takes, where it leaves no choice and the one it takes costs a model on few cores dearly.
+"""How ggml multiplies matrices, where it leaves no choice and its way costs a model on few cores dearly.
 
 Two functions of ggml decide. `ggml_is_numa`: whether each thread has one even share of the rows, or takes 64 at a time as it comes,
 and begins anew to fetch from memory each time. `llamafile_sgemm`: multiplies several tokens by tiles of four rows, or declines,
 and they are multiplied row by row; few tokens wait for memory in tiles. ggml calls both through a table of addresses, which the
 dynamic linker fills in so that other libraries can put theirs there (ELF, "Global Offset Table"). Here the addresses of functions
-that say yes or no are put there. How rows are shared changes no score; tiles change none with some types of weights.
+that say yes or no are put there; and in place of the second our own (matmul.c), where a processor can do what it needs: it multiplies
+matrices in Q8_0 and Q4_1, and lets the library's do the others, or nobody. How rows are shared changes no score; tiles change none with
+some types of weights; our own has scores of its own, by rounding, which are the same to the last bit for any number of tokens.
 
 The table is the process's, and a pass in which it changed would be wrong. So it is touched only in processes whose passes are all
 counted here (`MatMul.claim`), and only while there is none.
@@ -13,6 +15,7 @@ counted here (`MatMul.claim`), and only while there is none.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import logging
 import mmap
@@ -57,6 +60,11 @@ class MatMul:
     def claim(self) -> None:
         """Say that nothing in this process runs passes of ggml but what counts them here. Before the first of them."""
         self._claimed = True
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether weights in Q8_0 and Q4_1 will be multiplied by ours, as far as can be told before the library is loaded."""
+        return self._claimed and _is_supported() and _kernels() is not None
 
     def choose(self, function: Any) -> None:
         """Have a choice from now on, if that can be had, in the library that has this function."""
@@ -122,9 +130,13 @@ class _Entry:
         self._value.value = self._other if other else self._own
 
 
+def _is_supported() -> bool:
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def _find_table(function: Any) -> dict[str, _Entry]:
     """What may be changed; nothing where anything is not as it was when this was measured."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if not _is_supported():
         return {}
     try:
         return _open_table(function)
@@ -147,7 +159,7 @@ def _open_table(function: Any) -> dict[str, _Entry]:
     for place in places.values():
         _make_writable(place)
     table = {name: _Entry(places[name], _address(functions[other])) for name, other in _REPLACED.items()}
-    if (kernels := _own_kernels()) is not None:
+    if (kernels := _kernels()) is not None:
         others = ctypes.c_void_p.in_dll(kernels, "llmserve_others")
         others.value = _address(functions["llamafile_sgemm"])
         _Entry(places["llamafile_sgemm"], _address(kernels.llmserve_product)).set(True)
@@ -157,14 +169,15 @@ def _open_table(function: Any) -> dict[str, _Entry]:
     return table
 
 
-def _own_kernels() -> ctypes.CDLL | None:
-    """What matmul.c became, if it was compiled and this processor can do what it needs."""
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    """What was made of matmul.c, if there was a compiler and this processor can do what it needs."""
     spec = importlib.util.find_spec("llmserve.engine._matmul")
     if spec is None or spec.origin is None:
-        log.info("llmserve was installed without a compiler: llama.cpp alone multiplies")
+        log.info("llmserve was installed without a compiler, and llama.cpp multiplies by itself")
         return None
-    kernels = ctypes.CDLL(spec.origin)
-    return kernels if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", kernels))() else None
+    library = ctypes.CDLL(spec.origin)
+    return library if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", library))() else None
 
 
 def _places(path: str) -> dict[str, int]:

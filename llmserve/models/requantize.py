@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llmserve.config import ModelSpec
+from llmserve.engine import matmul
 from llmserve.engine.gguf import GGUFFile
 from llmserve.errors import ModelFileError
 from llmserve.models import probe
@@ -22,6 +23,8 @@ from llmserve.models.files import derived
 log = logging.getLogger(__name__)
 
 _WITHOUT_KERNELS = frozenset({"Q4_1", "Q5_1"})
+_OURS = frozenset({"Q4_1"})
+"""Of which there are kernels of ours on some processors (engine/matmul.py): as many tokens in the same time, and one in less."""
 _LARGEST = 512 * 1024**2
 """Bytes of a file that nobody has asked to make larger: one token alone takes as much longer as there is more to read."""
 
@@ -32,7 +35,7 @@ def is_wanted(spec: ModelSpec, header: GGUFFile, repack: bool) -> bool:
         return spec.weights == "q8_0" and _share(header, frozenset({"Q8_0"})) < 0.9  # what is left are vectors
     return (
         header.size <= _LARGEST
-        and _share(header, _WITHOUT_KERNELS) > 0.5
+        and _share(header, _WITHOUT_KERNELS - (_OURS if repack and matmul.process.has_kernels else set())) > 0.5
         and spec.gpu_layers == 0
         and platform.machine() in ("x86_64", "AMD64")  # on others it was not measured
         and not (repack and "amx_int8" in probe.processor_flags())  # there repacked weights of these types have kernels

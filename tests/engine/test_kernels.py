@@ -83,7 +83,9 @@ def test_products_are_right_and_the_same_for_every_number_of_columns(type_a, num
     b = columns_for(type_a, rng.normal(0.1, 1, (150, num_blocks * SIZE)))
     exact, size = exact_product(type_a, a, b)
     a, b = a[0], b[0]
-    alone = np.concatenate([product(type_a, a, b[column : column + 1].copy(), (num_rows, 1, num_blocks)) for column in range(150)])
+    alone = np.concatenate(
+        [product(type_a, a, b[column : column + 1].copy(), (num_rows, 1, num_blocks)) for column in range(150)]
+    )
     assert (abs(alone - exact) <= 1e-6 * size).all()
     for num_columns in (2, 3, 4, 5, 6, 8, 9, 13, 16, 17, 24, 25, 40, 63, 64, 65, 150):
         for num_threads in (1, 2, 3):

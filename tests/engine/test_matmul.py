@@ -9,6 +9,7 @@ import threading
 import gguf
 import pytest
 
+from llmserve.engine import matmul
 from llmserve.engine.matmul import MatMul
 from tests import tiny_models
 
@@ -33,7 +34,7 @@ def scores(path):
             for piece in pieces:
                 backend.truncate(piece.sequence, piece.position)
             backend.forward(pieces, threads)
-            passes += [backend.logits(index).tobytes().hex() for index in range(len(pieces))]
+            passes += [backend.logits(index).copy() for index in range(len(pieces))]
     backend.close()
     return passes
 
@@ -54,7 +55,9 @@ ways.claim()
 after = scores(path)
 taken = {name: entry._value.value != entry._own for name, entry in ways._table.items()}
 read_again = flags(path)
-print(json.dumps([untouched, before == after, len(set(before)), taken, read, read_again]))
+error = max(abs(ours - other).max() / abs(other).max() for ours, other in zip(after, before))
+num_different = len({each.tobytes() for each in before})
+print(json.dumps([untouched, float(error), num_different, taken, read, read_again]))
 """
 
 
@@ -213,12 +216,14 @@ def test_what_cannot_be_found_is_left_alone(monkeypatch):
     sys.platform != "linux" or platform.machine() != "x86_64", reason="the table is touched on Linux and x86-64 only"
 )
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q4_1", "Q4_0", "Q4_K"])
-def test_scores_are_the_same_to_the_last_bit_and_files_read_as_before(tmp_path, quantization):
+def test_scores_are_the_same_and_files_read_as_before(tmp_path, quantization):
+    """To the last bit, but for types that kernels of ours multiply: those are rounded in another order."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python, the extra `llamacpp`, is not installed")
     path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=gguf.GGMLQuantizationType[quantization])
     done = subprocess.run([sys.executable, "-c", COMPARE, str(path)], capture_output=True, text=True, check=True)
-    untouched, same, num_different, taken, read, read_again = json.loads(done.stdout.splitlines()[-1])
-    assert untouched and same and num_different > 5
+    untouched, error, num_different, taken, read, read_again = json.loads(done.stdout.splitlines()[-1])
+    assert untouched and num_different > 5
+    assert (0 < error < 0.02) if matmul.process.has_kernels and quantization in ("Q8_0", "Q4_1") else error == 0
     assert taken == {"ggml_is_numa": True, "llamafile_sgemm": True}
     assert read == read_again and read
     assert done.stderr == ""

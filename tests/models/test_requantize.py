@@ -15,9 +15,10 @@ QUANTIZATIONS = {kind.name: kind for kind in (Quantization.Q4_0, Quantization.Q4
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Decides what processor there seems to be."""
+    """Decides what processor there seems to be, and whether matmul.c is of use on it."""
 
-    def machine(name="x86_64", flags=("avx2",)):
+    def machine(name="x86_64", flags=("avx2",), kernels=None):
+        monkeypatch.setattr("llmserve.engine.matmul._kernels", lambda: kernels)
         monkeypatch.setattr("platform.machine", lambda: name)
         monkeypatch.setattr("llmserve.models.probe.processor_flags", lambda: list(flags))
 
@@ -45,6 +46,15 @@ def test_weights_stay_where_the_processor_or_a_gpu_has_kernels_for_them(tmp_path
     assert is_wanted(path, repack=False)  # its kernels are those of repacked weights
     machine(name="aarch64", flags=())
     assert not is_wanted(path)
+
+
+def test_weights_stay_where_there_are_kernels_of_ours_for_them(tmp_path, machine):
+    machine(kernels=True)
+    path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=Quantization.Q4_1)
+    assert not is_wanted(path)
+    assert is_wanted(path, repack=False)  # the library is left alone
+    assert is_wanted(path, weights="q8_0")
+    assert is_wanted(tiny_models.write_llama_bpe(tmp_path / "other.gguf", quantization=Quantization.Q5_1))
 
 
 def test_a_large_file_is_made_larger_only_if_that_is_asked_for(tmp_path, machine, monkeypatch):
