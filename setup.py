@@ -1,6 +1,8 @@
+import platform
+import sys
+
 from setuptools import Extension, setup
 
-# Optional: without a compiler the package is installed all the same, and matrices are multiplied by llama.cpp alone.
-setup(
-    ext_modules=[Extension("llmserve.engine._matmul", ["llmserve/engine/matmul.c"], extra_compile_args=["-O2"], optional=True)]
-)
+# Optional: where it does not compile, the package is installed all the same, and llama.cpp multiplies matrices by itself.
+kernels = Extension("llmserve.engine._matmul", ["llmserve/engine/matmul.c"], optional=True)
+setup(ext_modules=[kernels] if (sys.platform, platform.machine()) == ("linux", "x86_64") else [])

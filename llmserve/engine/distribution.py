@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +23,17 @@ Places = NDArray[np.int64]
 _STRIDE = 64
 _RANK = 8
 """Of every 64th score the eighth best is the edge of the top, which then has some 500 tokens."""
-_SMALL = 8 * _STRIDE * _RANK
-"""Vocabularies up to this size are weighed whole."""
 _MOST_PART = 1 / 16
 """More of a vocabulary than this takes longer to pick out than to weigh all of it."""
+_SMALL = int(_STRIDE * _RANK / _MOST_PART)
+"""Vocabularies up to this size are weighed whole."""
 _MOST_TRIALS = 1000
-"""How many times the weight of the top the others may have at the most, as far as is known."""
+"""Where the others' bound is more times the weight of the top, all are weighed."""
+_MOST_DRAWS = 16
+"""Before the nucleus is found by sorting: a small one of flat scores is hard to meet."""
 _ROUNDING = 1e-2
 """In nats, and more than any rounding of a weight is."""
-_LOWEST = np.finfo(np.float32).min
+_LOWEST = np.finfo(np.float32).min  # an edge that leaves out -inf alone
 _BLOCK = 256
 
 
@@ -69,15 +71,17 @@ class Distribution:
                 return
 
     def draw_kept(self, params: SamplingParams, rng: np.random.Generator, first: int | None = None) -> int:
-        """One that top-k, top-p (of what top-k left) and min-p leave. `first` is it if it is left: it has been drawn already."""
+        """One that top-k, top-p (of what top-k left) and min-p leave, of which one truncates. `first` is it if it is left: it has been
+        drawn already. (What was drawn and is not left says nothing about which of those that are left comes first.)
+        """
         if params.top_p < 1 and not params.top_k:
-            draws = chain([] if first is None else [first], self.draws(rng))
-            return next(
-                each
-                for each in draws
-                if self._weight(self._scores[each]) >= params.min_p and self._in_nucleus(each, params.top_p)
-            )
-        part = self._likeliest(params.top_k) if params.top_k else self._near(-math.log(params.min_p))
+            draws = chain([] if first is None else [first], islice(self.draws(rng), _MOST_DRAWS))
+            for token_id in draws:
+                if self._weight(self._scores[token_id]) >= params.min_p and self._in_nucleus(token_id, params.top_p):
+                    return token_id
+            part, first = self._whole, None
+        else:
+            part = self._likeliest(params.top_k) if params.top_k else self._near(-math.log(params.min_p))
         weights = part.weights
         if params.top_p < 1:
             cumulative = np.sort(weights)[::-1].cumsum(dtype=np.float64)
@@ -118,12 +122,12 @@ class Distribution:
         return part._replace(weights=_heaviest(part.weights, count))
 
     def _near(self, depth: float) -> _Part:
-        """All tokens that are at most so many nats below the best one, and perhaps one or two below."""
+        """All tokens that are at most so many nats below the best one; by rounding perhaps some that are more."""
         return self._above(self._best - self._temperature * np.float32(depth + _ROUNDING))
 
     @cached_property
     def _top(self) -> _Part:
-        """Some hundred of the likeliest tokens, or all if those do not stand out."""
+        """Some 500 of the likeliest tokens, or all if those do not stand out."""
         if len(self._scores) > _SMALL:
             sample = self._scores[::_STRIDE]
             top = self._above(np.partition(sample, len(sample) - _RANK)[len(sample) - _RANK])
@@ -143,9 +147,10 @@ class Distribution:
 
     def _weigh(self, scores: Logits) -> Logits:
         """1 for the best score."""
-        weights: Logits = scores - self._best
-        if self._temperature != 1:
-            weights /= self._temperature
+        with np.errstate(over="ignore"):  # to -inf
+            weights: Logits = scores - self._best
+            if self._temperature != 1:
+                weights /= self._temperature
         return np.exp(weights, out=weights)
 
     def _weight(self, score: np.float32) -> float:

@@ -1,16 +1,17 @@
 /* Products of matrices in ggml's types Q8_0 and Q4_1 (ggml-common.h: blocks of 32 numbers with one scale), for processors with AVX-512 VNNI.
 
    ggml multiplies a row with one column at a time. The sum of a block's 32 products takes one instruction; to add up the vector that it
-   is, make it a float and scale it takes six more. Here those are shared: a vector holds the sums of eight rows where there are few
-   columns, and of 8 or 16 columns where there are more.
+   is, make it a float and scale it takes six more. Here sixteen rows share those: a vector holds a sum of each. For that, a block of sixteen
+   rows is transposed in registers, and then multiplied with each column's four bytes at a time, which the instruction spreads itself.
 
-   The instruction multiplies unsigned bytes by signed ones. So 128 is added to each byte of a row in Q8_0, and sums begin at what that adds.
+   It multiplies unsigned bytes by signed ones. So 128 is added to each byte of a row in Q8_0, and a sum begins with what that adds, negated.
 
-   An element is the same to the last bit in all of these forms, and however many columns are asked for: the sum of a block is a whole
-   number, and one block after the other is scaled and added.
+   An element is the same to the last bit however many columns, rows and threads there are: the sum of a block is a whole number, and one
+   block after the other is scaled and added.
 
    There is no Python in here; matmul.py opens it with ctypes. All is thread-safe but the setting of `llmserve_others`. */
 
+#include <immintrin.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -29,12 +30,9 @@ product *llmserve_others;  /* does what is not done here; NULL: nobody */
 product llmserve_product;
 bool llmserve_can(void);
 
-#if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
-
 enum { F32 = 0, Q4_1 = 3, Q8_0 = 8, Q8_1 = 9 };  /* of ggml_type (ggml.h); columns are in Q8_0 for rows in Q8_0, in Q8_1 for rows in Q4_1 */
-enum { SIZE = 32, ROWS = 16, BLOCKS = 16, TILE = 8, MOST_COLUMNS = 64, MOST_BLOCKS = 1 << 14 };
+enum { SIZE = 32, ROWS = 16, BLOCKS = 16, TILE = 8, MOST_COLUMNS = 64 };
+enum { MOST_BLOCKS = 1 << 13 };  /* of all columns together: what is kept of each is on the stack, 12 bytes */
 
 struct q8_0 {
     uint16_t scale;  /* a float of 16 bits, as all of these */
@@ -51,7 +49,7 @@ struct q4_1 {
     uint8_t nibbles[SIZE / 2];  /* low ones first */
 };
 
-#define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")))
+#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
 #define INLINE FAST static inline __attribute__((always_inline))  /* with `type` and numbers of columns known to the compiler */
 
 static inline int size_of_row_block(int type) {
@@ -70,7 +68,7 @@ INLINE __m256i values_of(int type, const char *block) {
     return _mm256_loadu_si256((const void *)(block + offset_of_values(type)));
 }
 
-/* The first two bytes of any block; the second two of some. */
+/* 0: the scale, with which every block begins; 1: what comes next, if that is one as well. */
 INLINE uint16_t half_at(const char *block, int place) {
     uint16_t half;
     memcpy(&half, block + 2 * place, 2);
@@ -90,10 +88,10 @@ INLINE int32_t start_of(int type, const char *block) {
 
 struct panel {
     __m512i bytes[SIZE / 4];  /* unsigned, four of each row */
-    uint16_t scales[ROWS], least[ROWS];
+    __m256i scales, least;
 };
 
-/* Of sixteen bytes of each row, four: from lanes that hold those of every fourth row. */
+/* In: vector i has sixteen bytes of each of the rows i, i + 4, i + 8 and i + 12. Out: it has bytes 4 i to 4 i + 3 of all rows in order. */
 INLINE void transpose(__m512i s[4]) {
     __m512i low01 = _mm512_unpacklo_epi32(s[0], s[1]), high01 = _mm512_unpackhi_epi32(s[0], s[1]);
     __m512i low23 = _mm512_unpacklo_epi32(s[2], s[3]), high23 = _mm512_unpackhi_epi32(s[2], s[3]);
@@ -101,7 +99,7 @@ INLINE void transpose(__m512i s[4]) {
     s[2] = _mm512_unpacklo_epi64(high01, high23), s[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-/* Sixteen bytes of each row, that begin so far behind the row's own beginning; four of each in a vector. */
+/* Sixteen bytes of each row, so far behind its beginning, as that. */
 INLINE void gather(const char *const rows[ROWS], int64_t offset, __m512i out[4]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -112,6 +110,12 @@ INLINE void gather(const char *const rows[ROWS], int64_t offset, __m512i out[4])
         out[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
     transpose(out);
+}
+
+INLINE __m256i halves_of(const char *const rows[ROWS], int64_t offset, int place) {
+#define HALF(i) (short)half_at(rows[i] + offset, place)
+    return _mm256_setr_epi16(HALF(0), HALF(1), HALF(2), HALF(3), HALF(4), HALF(5), HALF(6), HALF(7), HALF(8), HALF(9), HALF(10), HALF(11), HALF(12),
+                             HALF(13), HALF(14), HALF(15));
 }
 
 INLINE void unpack(int type, struct panel *panel, const char *const rows[ROWS], int64_t block) {
@@ -129,15 +133,8 @@ INLINE void unpack(int type, struct panel *panel, const char *const rows[ROWS], 
             panel->bytes[i] = _mm512_and_si512(panel->bytes[i], _mm512_set1_epi8(15));
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-        panel->scales[i] = half_at(rows[i] + offset, 0);
-        if (type == Q4_1) panel->least[i] = half_at(rows[i] + offset, 1);
-    }
-}
-
-INLINE __m512 floats_of(const uint16_t halves[ROWS]) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves));
+    panel->scales = halves_of(rows, offset, 0);
+    if (type == Q4_1) panel->least = halves_of(rows, offset, 1);
 }
 
 /* For the compiler to make code for each number. */
@@ -163,7 +160,7 @@ struct columns {
 /* Add a block to the products with so many columns from `column` on. */
 INLINE void multiply(int num_columns, int type, const struct panel *panel, const struct columns *columns, int64_t column, int64_t block,
                      __m512 out[TILE]) {
-    const __m512 scales = floats_of(panel->scales), least = type == Q4_1 ? floats_of(panel->least) : scales;
+    const __m512 scales = _mm512_cvtph_ps(panel->scales), least = type == Q4_1 ? _mm512_cvtph_ps(panel->least) : scales;
 #pragma GCC unroll 8
     for (int j = 0; j < num_columns; j++) {
         int64_t place = (column + j) * columns->k + block;
@@ -180,15 +177,16 @@ INLINE void multiply(int num_columns, int type, const struct panel *panel, const
     }
 }
 
-/* ---- Sixteen rows, from two panels of them ahead of which on memory is fetched meanwhile */
+/* ---- Sixteen rows. Meanwhile memory is fetched from two such strips ahead, where rows lie one behind the other. */
 
-INLINE void fetch(int type, const char *ahead, int64_t block) {
+INLINE void fetch(int type, uintptr_t ahead, int64_t block) {
+    ahead += (uintptr_t)(block * ROWS * size_of_row_block(type));
 #pragma GCC unroll 9
-    for (int i = 0; i < ROWS * size_of_row_block(type); i += 64) _mm_prefetch(ahead + block * ROWS * size_of_row_block(type) + i, _MM_HINT_T1);
+    for (int i = 0; i < ROWS * size_of_row_block(type); i += 64) _mm_prefetch((const char *)(ahead + (uintptr_t)i), _MM_HINT_T1);
 }
 
 /* Times a few columns: a block of rows stays in registers. */
-INLINE void multiply_few(int num_columns, int type, const char *const rows[ROWS], const char *ahead, const struct columns *columns, __m512 *totals) {
+INLINE void multiply_few(int num_columns, int type, const char *const rows[ROWS], uintptr_t ahead, const struct columns *columns, __m512 *totals) {
     __m512 out[TILE];
 #pragma GCC unroll 8
     for (int j = 0; j < num_columns; j++) out[j] = _mm512_setzero_ps();
@@ -212,7 +210,7 @@ INLINE void multiply_tile(int num_columns, int type, const struct panel *panels,
     for (int j = 0; j < num_columns; j++) totals[j] = out[j];
 }
 
-INLINE void multiply_many(int type, int64_t n, const char *const rows[ROWS], const char *ahead, const struct columns *columns, __m512 *totals) {
+INLINE void multiply_many(int type, int64_t n, const char *const rows[ROWS], uintptr_t ahead, const struct columns *columns, __m512 *totals) {
     for (int64_t j = 0; j < n; j++) totals[j] = _mm512_setzero_ps();
     for (int64_t first = 0; first < columns->k; first += BLOCKS) {
         int num_blocks = columns->k - first < BLOCKS ? (int)(columns->k - first) : BLOCKS;
@@ -239,7 +237,8 @@ INLINE void product_of(int type, int64_t first, int64_t last, int64_t n, int64_t
     struct columns columns = {b, ldb, k, starts, scales, sums};
     for (int64_t row = first; row < last; row += ROWS) {
         int num_rows = last - row < ROWS ? (int)(last - row) : ROWS;
-        const char *rows[ROWS], *ahead = a + (row + 2 * ROWS) * lda;
+        const char *rows[ROWS];
+        uintptr_t ahead = (uintptr_t)a + (uintptr_t)((row + 2 * ROWS) * lda);
         for (int i = 0; i < ROWS; i++) rows[i] = a + (row + (i < num_rows ? i : 0)) * lda;
         __m512 totals[MOST_COLUMNS];
         if (n > TILE) multiply_many(type, n, rows, ahead, &columns, totals);
@@ -261,16 +260,17 @@ FAST static void product_of_q4_1(int64_t first, int64_t last, int64_t n, int64_t
 }
 
 bool llmserve_can(void) {
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 
 bool llmserve_product(const struct params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb,
                       void *c, int64_t ldc, int type_a, int type_b, int type_c) {
-    if ((type_a != Q8_0 && type_a != Q4_1) || type_c != F32 || k > MOST_BLOCKS)
-        return llmserve_others && llmserve_others(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
+    product *others = llmserve_others;
+    if ((type_a != Q8_0 && type_a != Q4_1) || type_c != F32 || k < 1 || k > MOST_BLOCKS)
+        return others && others(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
     if (type_b != (type_a == Q8_0 ? Q8_0 : Q8_1)) return false;  /* ggml makes columns of that type and asks again */
-    int64_t panels = (m + ROWS - 1) / ROWS, share = (panels + params->num_threads - 1) / params->num_threads * ROWS;
+    int64_t strips = (m + ROWS - 1) / ROWS, share = (strips + params->num_threads - 1) / params->num_threads * ROWS;
     int64_t first = share * params->thread, last = first + share < m ? first + share : m;
     lda *= size_of_row_block(type_a), ldb *= size_of_column_block(type_a);
     for (int64_t column = 0, num; first < last && column < n; column += num) {
@@ -281,16 +281,3 @@ bool llmserve_product(const struct params *params, int64_t m, int64_t n, int64_t
     }
     return true;
 }
-
-#else
-
-bool llmserve_can(void) {
-    return false;
-}
-
-bool llmserve_product(const struct params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb,
-                      void *c, int64_t ldc, int type_a, int type_b, int type_c) {
-    return llmserve_others && llmserve_others(params, m, n, k, a, lda, b, ldb, c, ldc, type_a, type_b, type_c);
-}
-
-#endif

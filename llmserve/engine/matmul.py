@@ -61,10 +61,13 @@ class MatMul:
         """Say that nothing in this process runs passes of ggml but what counts them here. Before the first of them."""
         self._claimed = True
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether weights in Q8_0 and Q4_1 will be multiplied by ours, as far as can be told before the library is loaded."""
-        return self._claimed and _is_supported() and _kernels() is not None
+    def will_have_kernels(self, *, claimed: bool = False) -> bool:
+        """Whether weights in Q8_0 and Q4_1 will be multiplied by ours, as far as can be told before the library is loaded.
+
+        `claimed`: in a process that is going to be.
+        """
+        can_be_put_in = _is_supported() and importlib.util.find_spec("elftools") is not None
+        return (claimed or self._claimed) and can_be_put_in and _kernels() is not None
 
     def choose(self, function: Any) -> None:
         """Have a choice from now on, if that can be had, in the library that has this function."""
@@ -171,13 +174,16 @@ def _open_table(function: Any) -> dict[str, _Entry]:
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    """What was made of matmul.c, if there was a compiler and this processor can do what it needs."""
-    spec = importlib.util.find_spec("llmserve.engine._matmul")
-    if spec is None or spec.origin is None:
-        log.info("llmserve was installed without a compiler, and llama.cpp multiplies by itself")
+    """What was made of matmul.c, if it did compile and this processor can do what it needs."""
+    try:
+        spec = importlib.util.find_spec("llmserve.engine._matmul")
+        if spec is None or spec.origin is None:
+            raise OSError("matmul.c was not compiled")
+        library = ctypes.CDLL(spec.origin)
+        return library if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", library))() else None
+    except (OSError, AttributeError) as error:
+        log.info("llama.cpp multiplies by itself: %s", error)
         return None
-    library = ctypes.CDLL(spec.origin)
-    return library if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", library))() else None
 
 
 def _places(path: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from llmserve.engine.distribution import Distribution, likeliest
 from llmserve.engine.generation import SamplingParams
 
 GREEDY_BELOW = 1e-4
-"""Temperatures under this are greedy: no two float32 logits closer than it are told apart anyway."""
+"""Temperatures under this are greedy: at them one nat is less than what scores are rounded by."""
 
 _MOST_DRAWS = 5
 """Before a mask is made. Where one takes longest, in grammars of words, the model's own choice is allowed three times in four."""

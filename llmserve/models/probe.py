@@ -130,8 +130,10 @@ def _build(engine: str) -> str:
     """16 hexadecimal digits for the library as it is installed: another compiler or another option may make what died live."""
     distribution, package = _LIBRARIES[engine]
     found = importlib.util.find_spec(package)
-    folders = found.submodule_search_locations or () if found is not None else ()
-    return fingerprint(version(distribution), *map(shared_libraries, map(Path, folders)))
+    folders = [*map(Path, found.submodule_search_locations or ())] if found is not None else []
+    if package == "llama_cpp":
+        folders.append(Path(matmul.__file__).parent)  # where our kernels for it are
+    return fingerprint(version(distribution), *map(shared_libraries, folders))
 
 
 def shared_libraries(folder: Path) -> list[tuple[str, int, int]]:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _WITHOUT_KERNELS = frozenset({"Q4_1", "Q5_1"})
 _OURS = frozenset({"Q4_1"})
-"""Of which there are kernels of ours on some processors (engine/matmul.py): as many tokens in the same time, and one in less."""
+"""Of which there are kernels of ours on some processors (engine/matmul.py): with them several tokens take as long as in Q8_0, and one less."""
 _LARGEST = 512 * 1024**2
 """Bytes of a file that nobody has asked to make larger: one token alone takes as much longer as there is more to read."""
 
@@ -33,9 +33,10 @@ def is_wanted(spec: ModelSpec, header: GGUFFile, repack: bool) -> bool:
     """Whether a model's weights are to become Q8_0: as configured, else where several tokens gain what one may lose."""
     if spec.weights != "auto":
         return spec.weights == "q8_0" and _share(header, frozenset({"Q8_0"})) < 0.9  # what is left are vectors
+    ours = matmul.process.will_have_kernels(claimed=spec.isolation == "process")
     return (
         header.size <= _LARGEST
-        and _share(header, _WITHOUT_KERNELS - (_OURS if repack and matmul.process.has_kernels else set())) > 0.5
+        and _share(header, _WITHOUT_KERNELS - (_OURS if repack and ours else set())) > 0.5
         and spec.gpu_layers == 0
         and platform.machine() in ("x86_64", "AMD64")  # on others it was not measured
         and not (repack and "amx_int8" in probe.processor_flags())  # there repacked weights of these types have kernels

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import mmap
 
 import gguf
 import numpy as np
@@ -61,20 +62,43 @@ def exact_product(type_a, a, b):
     return (product + sums @ least.T, size + abs(sums) @ abs(least).T) if type_a == Q4_1 else (product, size)
 
 
+@pytest.fixture(scope="module")
+def at_the_end():
+    """Puts bytes right before a page that cannot be read or written; they can be looked at through the array that it returns."""
+    libc, kept = ctypes.CDLL(None, use_errno=True), []
+
+    def put(data):
+        size = data.nbytes + -data.nbytes % mmap.PAGESIZE
+        pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+        kept.append(pages)
+        whole = np.frombuffer(pages, np.uint8)
+        failed = libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        assert not failed
+        placed = whole[size - data.nbytes : size]
+        placed[:] = data.reshape(-1).view(np.uint8)
+        return placed
+
+    return put
+
+
+def multiply(type_a, a, b, c, shape, ld, thread=0, num_threads=1, room=(0, 0)):
+    m, n, k = shape
+    types = (type_a, Q8_0 if type_a == Q8_0 else Q8_1, F32)
+    addresses = (each.ctypes.data for each in (a, b, c))
+    places = (part for pair in zip(addresses, (k + room[0], k + room[1], ld), strict=True) for part in pair)
+    assert PRODUCT(("llmserve_product", kernels))(Params(thread, num_threads), m, n, k, *places, *types)
+
+
 def product(type_a, a, b, shape, num_threads=1, gap=0):
     """Of blocks as bytes: (columns, rows) of floats, which are NaN where nothing was written."""
-    m, n, k = shape
+    m, n, _ = shape
     c = np.full((n, m + gap), np.nan, dtype=np.float32)
     for thread in range(num_threads):
-        done = PRODUCT(("llmserve_product", kernels))(
-            Params(thread, num_threads), m, n, k, a.ctypes.data, k, b.ctypes.data, k, c.ctypes.data, m + gap,
-            type_a, Q8_0 if type_a == Q8_0 else Q8_1, F32,
-        )  # fmt: skip
-        assert done
+        multiply(type_a, a, b, c, shape, m + gap, thread, num_threads)
     return c
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 7, 18, 48])
+@pytest.mark.parametrize("num_blocks", [1, 2, 7, 18, 100])
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 20, 64])
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
 def test_products_are_right_and_the_same_for_every_number_of_columns(type_a, num_rows, num_blocks):
@@ -94,15 +118,42 @@ def test_products_are_right_and_the_same_for_every_number_of_columns(type_a, num
             assert np.isnan(together[:, num_rows:]).all()
 
 
+@pytest.mark.parametrize("num_columns", [1, 8, 16])
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
-def test_the_largest_numbers_of_a_type_are_multiplied_exactly(type_a):
-    """Sums of products of bytes at both ends of their range, which instructions of 16 bits would cut."""
-    for row, column in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-        a = rows_in(type_a, np.full((8, 4 * SIZE), row * 3.0) + (np.arange(4 * SIZE) % 2) * (type_a == Q4_1))
-        for num_columns in (1, 8, 16):
-            b = columns_for(type_a, np.full((num_columns, 4 * SIZE), column * 5.0))
-            exact, size = exact_product(type_a, a, b)
-            assert (abs(product(type_a, a[0], b[0], (8, num_columns, 4)) - exact) <= 1e-6 * size).all()
+def test_the_largest_numbers_of_a_type_are_multiplied_exactly(type_a, num_columns):
+    """Bytes at both ends of their range, whose products' sums do not fit into 16 bits."""
+    one = np.array([1, 0], np.float16).view(np.uint8)
+    for column in (-128, 127):
+        for row, number in ((0x80, -128), (0x7F, 127)) if type_a == Q8_0 else ((0x00, 0), (0xFF, 15)):
+            a = np.concatenate(
+                [one[: 2 if type_a == Q8_0 else 4], np.full(SIZE if type_a == Q8_0 else SIZE // 2, row, np.uint8)]
+            )
+            b = np.concatenate([one[: 2 if type_a == Q8_0 else 4], np.full(SIZE, column).astype(np.int8).view(np.uint8)])
+            made = product(type_a, np.tile(a, (20, 3, 1)), np.tile(b, (num_columns, 3, 1)), (20, num_columns, 3))
+            assert (made == 3 * SIZE * number * column).all()
+
+
+@pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
+def test_rows_and_columns_may_have_room_between_them(type_a):
+    rng = np.random.default_rng(0)
+    a = rows_in(type_a, rng.normal(0, 1, (20, 9 * SIZE)))[0].reshape(20, 9, -1)
+    b = columns_for(type_a, rng.normal(0, 1, (12, 7 * SIZE)))[0]
+    for num_columns in (3, 12):
+        c = np.zeros((num_columns, 20), np.float32)
+        multiply(type_a, a, b, c, (20, num_columns, 5), 20, room=(4, 2))
+        assert np.array_equal(c, product(type_a, a[:, :5].copy(), b[:num_columns, :5].copy(), (20, num_columns, 5)))
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 8, 9, 17])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
+def test_nothing_is_read_or_written_behind_the_ends(at_the_end, type_a, num_rows, num_columns):
+    rng = np.random.default_rng(0)
+    a = rows_in(type_a, rng.normal(0, 1, (num_rows, 3 * SIZE)))[0]
+    b = columns_for(type_a, rng.normal(0, 1, (num_columns, 3 * SIZE)))[0]
+    c = at_the_end(np.zeros((num_columns, num_rows), np.float32)).view(np.float32)
+    multiply(type_a, at_the_end(a), at_the_end(b), c, (num_rows, num_columns, 3), num_rows)
+    assert np.array_equal(c.reshape(num_columns, num_rows), product(type_a, a, b, (num_rows, num_columns, 3)))
 
 
 def call(type_a=Q8_0, type_b=Q8_0, type_c=F32, num_blocks=1):

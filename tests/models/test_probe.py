@@ -71,7 +71,7 @@ def test_a_verdict_knows_the_libraries_that_gave_it(engine, monkeypatch, path, c
     seen = []
     monkeypatch.setattr(probe, "shared_libraries", lambda folder: seen.append(folder.name))
     assert probe._verdict(path, Trial(engine, CONTEXT_LENGTH), cache_dir) != before
-    assert seen == [{"ctransformers": "ctransformers", "llamacpp": "llama_cpp"}[engine]]
+    assert seen == {"ctransformers": ["ctransformers"], "llamacpp": ["llama_cpp", "engine"]}[engine]
 
 
 def test_a_bad_verdict_is_not_remembered(path, cache_dir):

@@ -4,7 +4,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Quantization
 
 from llmserve.config import ModelSpec
-from llmserve.engine import gguf
+from llmserve.engine import gguf, matmul
 from llmserve.models import requantize
 from llmserve.models.loading import has_llamacpp
 from tests import tiny_models
@@ -48,13 +48,17 @@ def test_weights_stay_where_the_processor_or_a_gpu_has_kernels_for_them(tmp_path
     assert not is_wanted(path)
 
 
-def test_weights_stay_where_there_are_kernels_of_ours_for_them(tmp_path, machine):
+def test_weights_stay_where_there_are_kernels_of_ours_for_them(tmp_path, machine, monkeypatch):
     machine(kernels=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=Quantization.Q4_1)
     assert not is_wanted(path)
     assert is_wanted(path, repack=False)  # the library is left alone
     assert is_wanted(path, weights="q8_0")
     assert is_wanted(tiny_models.write_llama_bpe(tmp_path / "other.gguf", quantization=Quantization.Q5_1))
+    monkeypatch.setattr(matmul.process, "_claimed", False)
+    assert is_wanted(path)
+    assert not is_wanted(path, isolation="process")
 
 
 def test_a_large_file_is_made_larger_only_if_that_is_asked_for(tmp_path, machine, monkeypatch):
