@@ -51,7 +51,7 @@ bench-peers: $(MARK)-bench  ## llmserve beside llama-server and llama-cpp-python
 clean:
 	rm -rf $(VENV) $(PROGRAMS) build *.egg-info
 
-$(MARK): setup.cfg pyproject.toml setup.py llmserve/engine/matmul.c
+$(MARK): setup.cfg pyproject.toml setup.py llmserve/engine/kernels.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@

@@ -173,11 +173,13 @@ def model_path() -> Path:
 
 
 def batch_model(**options: Any) -> BatchModel:
-    """The default model as llama.cpp runs it."""
+    """The default model as llama.cpp runs it in a server's process."""
     from llmserve.config import DEFAULT_MODEL, load
+    from llmserve.engine import matmul
     from llmserve.models.batch_model import BatchModel
     from llmserve.models.loading import Loader
 
+    matmul.process.claim()
     model = Loader(load().server).prepare(replace(DEFAULT_MODEL, engine="llamacpp", **options)).model
     assert isinstance(model, BatchModel)
     return model

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.__main__ import CORES
 from llmserve.config import ModelSpec, ServerConfig
+from llmserve.engine import matmul
 from llmserve.engine.generation import GenerationParams, SamplingParams
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.statistics import StatisticsCounter
@@ -106,6 +107,7 @@ def share(engine, params: SamplingParams, stopwatch: Stopwatch) -> float:
 
 
 def main() -> None:
+    matmul.process.claim()  # as a server's
     stopwatch = Stopwatch()
     Sequence.sample = stopwatch.around(Sequence.sample)
     with tempfile.TemporaryDirectory() as folder:

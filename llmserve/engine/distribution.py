@@ -15,14 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmserve.engine import kernels
 from llmserve.engine.backend import Logits
 from llmserve.engine.generation import SamplingParams
 
 Places = NDArray[np.int64]
 
-_STRIDE = 64
-_RANK = 8
-"""Of every 64th score the eighth best is the edge of the top, which then has some 500 tokens."""
+_STRIDE = 256
+_RANK = 3
+"""Of every 256th score the third best is the edge of the top, which then has some 750 tokens."""
 _MOST_PART = 1 / 16
 """More of a vocabulary than this takes longer to pick out than to weigh all of it."""
 _SMALL = int(_STRIDE * _RANK / _MOST_PART)
@@ -35,18 +36,24 @@ _ROUNDING = 1e-2
 """In nats, and more than any rounding of a weight is."""
 _LOWEST = np.finfo(np.float32).min  # an edge that leaves out -inf alone
 _BLOCK = 256
+_SEVERAL = 8
 
 
 class Distribution:
     """Of the tokens of a vocabulary. Not thread-safe.
 
-    `scores` of shape (vocab_size,) are left as they are. Raises ValueError on NaN and if all are -inf.
+    `scores` of shape (vocab_size,) are left as they are. Raises ValueError if they are NaN, or all -inf, or the best is not finite; some NaN
+    among many scores may only never be drawn.
     """
 
     def __init__(self, scores: Logits, temperature: float) -> None:
         self._scores = scores
         self._temperature = np.float32(temperature)
-        self._best = scores[likeliest(scores)]
+        ids, edge = _find_top(scores)
+        self._best = scores[likeliest(scores)] if ids is None else scores[ids].max()
+        if not math.isfinite(self._best):
+            raise ValueError("the model's scores are not finite numbers")
+        self._top = self._whole if ids is None else self._part(ids, edge)
 
     def draws(self, rng: np.random.Generator) -> Iterator[int]:
         """Tokens in the order in which they are drawn, each once, until none is left that weighs anything in float32.
@@ -63,10 +70,15 @@ class Distribution:
             while urn.total * _MOST_TRIALS > part.bound:
                 num_trials = int(rng.geometric(urn.total / (urn.total + part.bound))) - 1
                 token_id = self._draw_below(part.edge, num_trials, drawn, rng) if num_trials else None
-                if token_id is None:
-                    token_id = part.token_id(urn.take(rng.random() * urn.total))
-                drawn.append(token_id)
-                yield token_id
+                if token_id is not None:
+                    yield token_id
+                    drawn.append(token_id)
+                else:
+                    place = urn.find(rng.random() * urn.total)
+                    token_id = part.token_id(place)
+                    yield token_id
+                    drawn.append(token_id)
+                    urn.remove(place)
             if not part.bound:
                 return
 
@@ -80,17 +92,21 @@ class Distribution:
                 if self._weight(self._scores[token_id]) >= params.min_p and self._in_nucleus(token_id, params.top_p):
                     return token_id
             part, first = self._whole, None
+        elif params.top_k:
+            part = self._top if len(self._top.weights) >= params.top_k else self._whole
         else:
-            part = self._likeliest(params.top_k) if params.top_k else self._near(-math.log(params.min_p))
-        weights = part.weights
+            part = self._near(-math.log(params.min_p))
+        weights, count = part.weights, params.top_k or len(part.weights)
         if params.top_p < 1:
-            cumulative = np.sort(weights)[::-1].cumsum(dtype=np.float64)
-            weights = _heaviest(weights, int(cumulative.searchsorted(params.top_p * cumulative[-1])) + 1)
-        weights = np.where(weights >= np.float32(params.min_p), weights, 0)
+            cumulative = np.sort(weights)[::-1][:count].cumsum(dtype=np.float64)
+            count = int(cumulative.searchsorted(params.top_p * cumulative[-1])) + 1
+        weights = _heaviest(weights, count)
+        if params.min_p:
+            weights = np.where(weights >= np.float32(params.min_p), weights, 0)
         if first is not None and part.has(first) and weights[part.place(first)]:
             return first
         urn = _Urn(weights)
-        return part.token_id(urn.take(rng.random() * urn.total))
+        return part.token_id(urn.find(rng.random() * urn.total))
 
     def _draw_below(self, edge: np.float32, num_trials: int, without: list[int], rng: np.random.Generator) -> int | None:
         """The first that is taken of so many tokens, each drawn from all with equal chances."""
@@ -105,10 +121,9 @@ class Distribution:
         for part in self._parts():
             before = float(part.weights[part.scores > score].sum(dtype=np.float64))
             before += self._weight(score) * np.count_nonzero(part.scores[: part.place(token_id)] == score)
-            known = float(part.weights.sum(dtype=np.float64))
-            if not before or before < share * known:
+            if not before or before < share * part.total:
                 return True
-            if before >= share * (known + part.bound):
+            if before >= share * (part.total + part.bound):
                 break
         return False
 
@@ -116,41 +131,26 @@ class Distribution:
         yield self._top
         yield self._whole
 
-    def _likeliest(self, count: int) -> _Part:
-        """`count` tokens; of equal ones the first."""
-        part = self._top if len(self._top.weights) >= count else self._whole
-        return part._replace(weights=_heaviest(part.weights, count))
-
     def _near(self, depth: float) -> _Part:
-        """All tokens that are at most so many nats below the best one; by rounding perhaps some that are more."""
-        return self._above(self._best - self._temperature * np.float32(depth + _ROUNDING))
-
-    @cached_property
-    def _top(self) -> _Part:
-        """Some 500 of the likeliest tokens, or all if those do not stand out."""
-        if len(self._scores) > _SMALL:
-            sample = self._scores[::_STRIDE]
-            top = self._above(np.partition(sample, len(sample) - _RANK)[len(sample) - _RANK])
-            if len(top.weights) <= _MOST_PART * len(self._scores):
-                return top
-        return self._whole
+        """All tokens that are at most so many nats below the best one, and perhaps some that are more."""
+        edge = self._best - self._temperature * np.float32(depth + _ROUNDING)
+        return self._top if edge >= self._top.edge else self._part(np.flatnonzero(self._scores >= edge), edge)
 
     @cached_property
     def _whole(self) -> _Part:
-        return _Part(None, self._scores, self._weigh(self._scores), _LOWEST, 0.0)
+        weights = self._weigh(self._scores)
+        return _Part(None, self._scores, weights, float(weights.sum(dtype=np.float64)), _LOWEST, 0.0)
 
-    def _above(self, edge: np.float32) -> _Part:
-        edge = max(edge, _LOWEST)
-        ids = np.flatnonzero(self._scores >= edge)
+    def _part(self, ids: Places, edge: np.float32) -> _Part:
         scores = self._scores[ids]
-        return _Part(ids, scores, self._weigh(scores), edge, len(self._scores) * self._weight(edge))
+        weights = self._weigh(scores)
+        return _Part(ids, scores, weights, float(weights.sum(dtype=np.float64)), edge, len(self._scores) * self._weight(edge))
 
     def _weigh(self, scores: Logits) -> Logits:
         """1 for the best score."""
-        with np.errstate(over="ignore"):  # to -inf
-            weights: Logits = scores - self._best
-            if self._temperature != 1:
-                weights /= self._temperature
+        weights: Logits = scores - self._best
+        if self._temperature != 1:
+            weights /= self._temperature
         return np.exp(weights, out=weights)
 
     def _weight(self, score: np.float32) -> float:
@@ -163,6 +163,7 @@ class _Part(NamedTuple):
     ids: Places | None  # all
     scores: Logits
     weights: Logits
+    total: float  # of these weights
     edge: np.float32
     bound: float
 
@@ -178,32 +179,55 @@ class _Part(NamedTuple):
 
 
 class _Urn:
-    """Places of an array are taken with their share of its weight by inverse transform sampling, each once: it weighs nothing from then on.
+    """Places of an array are found with their share of its weight, by inverse transform sampling.
 
-    In two levels, blocks then places, so that only one block is summed up place by place.
+    Many places are summed up in blocks first, so that only one block is summed up place by place.
     """
 
     def __init__(self, weights: Logits) -> None:
         self._weights = weights
-        num_blocks = len(weights) // _BLOCK
-        blocks = weights[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK)
-        rest = weights[num_blocks * _BLOCK :].sum(dtype=np.float64)
-        self._sums = np.append(np.einsum("ij->i", blocks), rest)  # a fifth of sum()'s time
-        self._cumulative = self._sums.cumsum()
+        self._num_blocks = len(weights) // _BLOCK if len(weights) > _SEVERAL * _BLOCK else 0
+        if self._num_blocks:
+            blocks = weights[: self._num_blocks * _BLOCK].reshape(self._num_blocks, _BLOCK)
+            rest = weights[self._num_blocks * _BLOCK :].sum(dtype=np.float64)
+            self._sums = np.append(np.einsum("ij->i", blocks), rest)  # a fifth of sum()'s time
+        else:
+            self._sums = weights
+        self._add_up()
 
-    @property
-    def total(self) -> float:
-        return float(self._cumulative[-1])
+    def _add_up(self) -> None:
+        self._cumulative = self._sums.cumsum(dtype=np.float64)
+        self.total = float(self._cumulative[-1])
 
-    def take(self, target: float) -> int:
+    def find(self, target: float) -> int:
         """The place at which the sum of the weights exceeds `target`, a number below the total."""
         block = _find(self._cumulative, target)
+        if not self._num_blocks:
+            return block
         members = self._weights[block * _BLOCK : (block + 1) * _BLOCK]
-        member = _find(members.cumsum(dtype=np.float64), target - (self._cumulative[block - 1] if block else 0.0))
-        members[member] = 0
-        self._sums[block] = members.sum(dtype=np.float64)
-        self._cumulative = self._sums.cumsum()
-        return block * _BLOCK + member
+        return block * _BLOCK + _find(
+            members.cumsum(dtype=np.float64), target - (self._cumulative[block - 1] if block else 0.0)
+        )
+
+    def remove(self, place: int) -> None:
+        """It weighs nothing from now on."""
+        self._weights[place] = 0
+        if self._num_blocks:
+            block = place // _BLOCK
+            self._sums[block] = self._weights[block * _BLOCK : (block + 1) * _BLOCK].sum(dtype=np.float64)
+        self._add_up()
+
+
+def _find_top(scores: Logits) -> tuple[Places | None, np.float32]:
+    """Some 750 of the likeliest tokens and the least score they may have; None (of all) where those do not stand out."""
+    if len(scores) > _SMALL:
+        sample = scores[::_STRIDE]
+        edge = max(np.partition(sample, len(sample) - _RANK)[len(sample) - _RANK], _LOWEST)
+        most = int(_MOST_PART * len(scores))
+        ids = kernels.select(scores, edge, most)
+        if 0 < len(ids) < most:
+            return ids, edge
+    return None, _LOWEST
 
 
 def likeliest(scores: Logits) -> int:

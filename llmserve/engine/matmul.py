@@ -4,7 +4,7 @@ Two functions of ggml decide. `ggml_is_numa`: whether each thread has one even s
 and begins anew to fetch from memory each time. `llamafile_sgemm`: multiplies several tokens by tiles of four rows, or declines,
 and they are multiplied row by row; few tokens wait for memory in tiles. ggml calls both through a table of addresses, which the
 dynamic linker fills in so that other libraries can put theirs there (ELF, "Global Offset Table"). Here the addresses of functions
-that say yes or no are put there; and in place of the second our own (matmul.c), where a processor can do what it needs: it multiplies
+that say yes or no are put there; and in place of the second our own (kernels.c), where a processor can do what it needs: it multiplies
 matrices in Q8_0 and Q4_1, and lets the library's do the others, or nobody. How rows are shared changes no score; tiles change none with
 some types of weights; our own has scores of its own, by rounding, which are the same to the last bit for any number of tokens.
 
@@ -15,7 +15,6 @@ counted here (`MatMul.claim`), and only while there is none.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import logging
 import mmap
@@ -27,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from llmserve.engine import kernels
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class MatMul:
         `claimed`: in a process that is going to be.
         """
         can_be_put_in = _is_supported() and importlib.util.find_spec("elftools") is not None
-        return (claimed or self._claimed) and can_be_put_in and _kernels() is not None
+        return (claimed or self._claimed) and can_be_put_in and kernels.library() is not None
 
     def choose(self, function: Any) -> None:
         """Have a choice from now on, if that can be had, in the library that has this function."""
@@ -162,28 +163,14 @@ def _open_table(function: Any) -> dict[str, _Entry]:
     for place in places.values():
         _make_writable(place)
     table = {name: _Entry(places[name], _address(functions[other])) for name, other in _REPLACED.items()}
-    if (kernels := _kernels()) is not None:
-        others = ctypes.c_void_p.in_dll(kernels, "llmserve_others")
+    if (ours := kernels.library()) is not None:
+        others = ctypes.c_void_p.in_dll(ours, "llmserve_others")
         others.value = _address(functions["llamafile_sgemm"])
-        _Entry(places["llamafile_sgemm"], _address(kernels.llmserve_product)).set(True)
+        _Entry(places["llamafile_sgemm"], _address(ours.llmserve_product)).set(True)
         table["llamafile_sgemm"] = _Entry(ctypes.addressof(others), 0)
     # Behind each pass ggml gives a thread back to all nodes, if it thinks that there are several, and they were never counted.
     table.pop("pthread_setaffinity_np").set(True)
     return table
-
-
-@functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    """What was made of matmul.c, if it did compile and this processor can do what it needs."""
-    try:
-        spec = importlib.util.find_spec("llmserve.engine._matmul")
-        if spec is None or spec.origin is None:
-            raise OSError("matmul.c was not compiled")
-        library = ctypes.CDLL(spec.origin)
-        return library if ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", library))() else None
-    except (OSError, AttributeError) as error:
-        log.info("llama.cpp multiplies by itself: %s", error)
-        return None
 
 
 def _places(path: str) -> dict[str, int]:

@@ -1,21 +1,19 @@
-"""matmul.c, called as ggml calls it, against products in float64."""
+"""kernels.c: products, called as ggml calls it, against float64; and the best of many scores."""
 
 import ctypes
-import importlib.util
+import importlib.machinery
 import mmap
 
 import gguf
 import numpy as np
 import pytest
 
+from llmserve.engine import kernels
+
 F32, Q4_1, Q8_0, Q8_1 = 0, 3, 8, 9
 SIZE = 32
 
-spec = importlib.util.find_spec("llmserve.engine._matmul")
-kernels = spec and spec.origin and ctypes.CDLL(spec.origin)
-pytestmark = pytest.mark.skipif(
-    not kernels or not ctypes.CFUNCTYPE(ctypes.c_bool)(("llmserve_can", kernels))(), reason="needs AVX-512 VNNI and a compiler"
-)
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="needs Linux, AVX-512 VNNI and a compiler")
 
 
 class Params(ctypes.Structure):
@@ -86,7 +84,7 @@ def multiply(type_a, a, b, c, shape, ld, thread=0, num_threads=1, room=(0, 0)):
     types = (type_a, Q8_0 if type_a == Q8_0 else Q8_1, F32)
     addresses = (each.ctypes.data for each in (a, b, c))
     places = (part for pair in zip(addresses, (k + room[0], k + room[1], ld), strict=True) for part in pair)
-    assert PRODUCT(("llmserve_product", kernels))(Params(thread, num_threads), m, n, k, *places, *types)
+    assert PRODUCT(("llmserve_product", kernels.library()))(Params(thread, num_threads), m, n, k, *places, *types)
 
 
 def product(type_a, a, b, shape, num_threads=1, gap=0):
@@ -98,6 +96,7 @@ def product(type_a, a, b, shape, num_threads=1, gap=0):
     return c
 
 
+@needs_kernels
 @pytest.mark.parametrize("num_blocks", [1, 2, 7, 18, 100])
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 20, 64])
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
@@ -118,6 +117,7 @@ def test_products_are_right_and_the_same_for_every_number_of_columns(type_a, num
             assert np.isnan(together[:, num_rows:]).all()
 
 
+@needs_kernels
 @pytest.mark.parametrize("num_columns", [1, 8, 16])
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
 def test_the_largest_numbers_of_a_type_are_multiplied_exactly(type_a, num_columns):
@@ -133,6 +133,7 @@ def test_the_largest_numbers_of_a_type_are_multiplied_exactly(type_a, num_column
             assert (made == 3 * SIZE * number * column).all()
 
 
+@needs_kernels
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
 def test_rows_and_columns_may_have_room_between_them(type_a):
     rng = np.random.default_rng(0)
@@ -144,6 +145,7 @@ def test_rows_and_columns_may_have_room_between_them(type_a):
         assert np.array_equal(c, product(type_a, a[:, :5].copy(), b[:num_columns, :5].copy(), (20, num_columns, 5)))
 
 
+@needs_kernels
 @pytest.mark.parametrize("num_columns", [1, 3, 8, 9, 17])
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 40])
 @pytest.mark.parametrize("type_a", [Q8_0, Q4_1])
@@ -158,11 +160,12 @@ def test_nothing_is_read_or_written_behind_the_ends(at_the_end, type_a, num_rows
 
 def call(type_a=Q8_0, type_b=Q8_0, type_c=F32, num_blocks=1):
     nothing = ctypes.c_void_p()
-    return PRODUCT(("llmserve_product", kernels))(
+    return PRODUCT(("llmserve_product", kernels.library()))(
         Params(0, 1), 1, 1, num_blocks, nothing, num_blocks, nothing, num_blocks, nothing, 1, type_a, type_b, type_c
     )
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     "types",
     [{"type_a": 1}, {"type_a": 2}, {"type_b": F32}, {"type_a": Q4_1}, {"type_c": 1}, {"num_blocks": 2**15}],
@@ -171,3 +174,34 @@ def call(type_a=Q8_0, type_b=Q8_0, type_c=F32, num_blocks=1):
 def test_other_products_are_left_to_others(types):
     """Nothing is read or written: there is nothing."""
     assert not call(**types)
+
+
+@pytest.mark.parametrize("ours", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 1000])
+def test_all_scores_from_one_on_are_selected(at_the_end, monkeypatch, length, ours):
+    if not ours:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    scores = at_the_end(np.random.default_rng(length).integers(0, 50, length).astype(np.float32)).view(np.float32)
+    scores[::7] = np.nan
+    scores[3::11] = -np.inf
+    for least in (0, 25, 49, 50):
+        places = np.flatnonzero(scores >= least)
+        for most in (1, 5, length):
+            assert np.array_equal(kernels.select(scores, np.float32(least), most), places[:most])
+
+
+def test_scores_with_room_between_them_are_selected_too():
+    scores = np.arange(100, dtype=np.float32)[::2]
+    assert kernels.select(scores, np.float32(90), 50).tolist() == [45, 46, 47, 48, 49]
+
+
+@pytest.mark.parametrize("content", [None, b"no library", b""])
+def test_kernels_that_cannot_be_opened_are_done_without(tmp_path, monkeypatch, caplog, content):
+    caplog.set_level("INFO")
+    path = tmp_path / "_kernels.so"
+    if content is not None:
+        path.write_bytes(content)
+    found = None if content is None else importlib.machinery.ModuleSpec("_kernels", None, origin=str(path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    assert kernels.library.__wrapped__() is None
+    assert "no kernels of our own" in caplog.text

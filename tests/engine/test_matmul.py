@@ -1,6 +1,5 @@
 """The ways of ggml: when they may change, and that they change no score."""
 
-import importlib.machinery
 import importlib.util
 import json
 import platform
@@ -233,24 +232,12 @@ def test_scores_are_the_same_and_files_read_as_before(tmp_path, quantization):
 
 def test_a_process_that_others_share_will_have_no_kernels(monkeypatch):
     monkeypatch.setattr(matmul, "_is_supported", lambda: True)
-    monkeypatch.setattr(matmul, "_kernels", object)
+    monkeypatch.setattr("llmserve.engine.kernels.library", object)
     shared, own = MatMul(), MatMul()
     own.claim()
     elftools = importlib.util.find_spec("elftools") is not None
     assert not shared.will_have_kernels()
     assert shared.will_have_kernels(claimed=True) == own.will_have_kernels() == elftools
-
-
-@pytest.mark.parametrize("content", [None, b"no library", b""])
-def test_kernels_that_cannot_be_opened_are_done_without(tmp_path, monkeypatch, caplog, content):
-    caplog.set_level("INFO")
-    path = tmp_path / "_matmul.so"
-    if content is not None:
-        path.write_bytes(content)
-    found = None if content is None else importlib.machinery.ModuleSpec("_matmul", None, origin=str(path))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
-    assert matmul._kernels.__wrapped__() is None
-    assert "llama.cpp multiplies by itself" in caplog.text
 
 
 def test_an_app_leaves_the_process_alone_unless_it_is_told_that_it_owns_it():

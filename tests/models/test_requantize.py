@@ -15,10 +15,10 @@ QUANTIZATIONS = {kind.name: kind for kind in (Quantization.Q4_0, Quantization.Q4
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Decides what processor there seems to be, and whether matmul.c is of use on it."""
+    """Decides what processor there seems to be, and whether kernels.c is of use on it."""
 
     def machine(name="x86_64", flags=("avx2",), kernels=None):
-        monkeypatch.setattr("llmserve.engine.matmul._kernels", lambda: kernels)
+        monkeypatch.setattr("llmserve.engine.kernels.library", lambda: kernels)
         monkeypatch.setattr("platform.machine", lambda: name)
         monkeypatch.setattr("llmserve.models.probe.processor_flags", lambda: list(flags))
 

@@ -1,4 +1,43 @@
-/* Products of matrices in ggml's types Q8_0 and Q4_1 (ggml-common.h: blocks of 32 numbers with one scale), for processors with AVX-512 VNNI.
+/* What ggml and numpy take too long for, on processors with AVX-512 VNNI: products of quantized matrices, and the best of many scores.
+
+   There is no Python in here; kernels.py opens it with ctypes. All is thread-safe but the setting of `llmserve_others`. */
+
+#include <immintrin.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+bool llmserve_can(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+
+#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
+#define INLINE FAST static inline __attribute__((always_inline))
+
+/* ==== Scores: the places of those from `least` on, ascending, and their number; of the first `most` if those are more. */
+
+FAST int64_t llmserve_select(const float *scores, int64_t n, float least, int64_t *places, int64_t most) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t chosen = 0;
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            int64_t left = n - i - 16 * part;
+            __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+            __m512 some = _mm512_maskz_loadu_ps(there, scores + i + 16 * part);
+            chosen |= (uint64_t)_mm512_mask_cmp_ps_mask(there, some, _mm512_set1_ps(least), _CMP_GE_OQ) << (16 * part);
+        }
+        for (; chosen; chosen &= chosen - 1) {
+            if (found == most) return found;
+            places[found++] = i + __builtin_ctzll(chosen);
+        }
+    }
+    return found;
+}
+
+/* ==== Products of matrices in ggml's types Q8_0 and Q4_1 (ggml-common.h: blocks of 32 numbers with one scale)
 
    ggml multiplies a row with one column at a time. The sum of a block's 32 products takes one instruction; to add up the vector that it
    is, make it a float and scale it takes six more. Here sixteen rows share those: a vector holds a sum of each. For that, a block of sixteen
@@ -7,15 +46,7 @@
    It multiplies unsigned bytes by signed ones. So 128 is added to each byte of a row in Q8_0, and a sum begins with what that adds, negated.
 
    An element is the same to the last bit however many columns, rows and threads there are: the sum of a block is a whole number, and one
-   block after the other is scaled and added.
-
-   There is no Python in here; matmul.py opens it with ctypes. All is thread-safe but the setting of `llmserve_others`. */
-
-#include <immintrin.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+   block after the other is scaled and added. `type` and numbers of columns are constants to the compiler. */
 
 struct params {  /* the beginning of ggml_compute_params (ggml-cpu-impl.h) */
     int thread, num_threads;
@@ -28,7 +59,6 @@ typedef bool product(const struct params *, int64_t m, int64_t n, int64_t k, con
 
 product *llmserve_others;  /* does what is not done here; NULL: nobody */
 product llmserve_product;
-bool llmserve_can(void);
 
 enum { F32 = 0, Q4_1 = 3, Q8_0 = 8, Q8_1 = 9 };  /* of ggml_type (ggml.h); columns are in Q8_0 for rows in Q8_0, in Q8_1 for rows in Q4_1 */
 enum { SIZE = 32, ROWS = 16, BLOCKS = 16, TILE = 8, MOST_COLUMNS = 64 };
@@ -48,9 +78,6 @@ struct q4_1 {
     uint16_t scale, least;  /* a number is scale * nibble + least */
     uint8_t nibbles[SIZE / 2];  /* low ones first */
 };
-
-#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
-#define INLINE FAST static inline __attribute__((always_inline))  /* with `type` and numbers of columns known to the compiler */
 
 static inline int size_of_row_block(int type) {
     return type == Q8_0 ? sizeof(struct q8_0) : sizeof(struct q4_1);
@@ -257,11 +284,6 @@ FAST static void product_of_q8_0(int64_t first, int64_t last, int64_t n, int64_t
 FAST static void product_of_q4_1(int64_t first, int64_t last, int64_t n, int64_t k, const char *a, int64_t lda, const char *b, int64_t ldb,
                                  float *c, int64_t ldc) {
     product_of(Q4_1, first, last, n, k, a, lda, b, ldb, c, ldc);
-}
-
-bool llmserve_can(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 
 bool llmserve_product(const struct params *params, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb,
