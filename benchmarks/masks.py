@@ -20,6 +20,7 @@ from typing import NamedTuple
 from benchmarks.__main__ import CORES
 from benchmarks.sampling import Stopwatch
 from llmserve.config import DEFAULT_MODEL, load
+from llmserve.engine import matmul
 from llmserve.engine.engine import Engine
 from llmserve.engine.generation import ChoiceEnd, Delta, GenerationParams, Grammar, SamplingParams
 from llmserve.engine.grammar import check
@@ -123,6 +124,7 @@ def gaps(engine: Engine, beside: Iterator[Grammar]) -> tuple[list[float], list[f
 
 
 def open_engine(library: str) -> Engine:
+    matmul.process.claim()  # as a server's
     spec = replace(DEFAULT_MODEL, engine=library, slots=max(STREAMS), context_length=512, prompt_lookup=False)
     return Loader(replace(load().server, cores=CORES)).prepare(spec).open(StatisticsCounter())
 
