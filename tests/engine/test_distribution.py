@@ -78,6 +78,7 @@ def test_first_draws_are_from_all_tokens(shape, temperature):
     assert_drawn_from(probabilities(scores, SamplingParams(temperature)), drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_truncated_draws_are_from_what_is_left(shape, params):
