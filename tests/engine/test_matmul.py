@@ -218,13 +218,14 @@ def test_what_cannot_be_found_is_left_alone(monkeypatch):
 )
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q4_1", "Q4_0", "Q4_K"])
 def test_scores_are_the_same_and_files_read_as_before(tmp_path, quantization):
-    """To the last bit, but for types that kernels of ours multiply: those are rounded in another order."""
+    """To the last bit, but for types that kernels of ours multiply: those are rounded in another order (not where there is AMX)."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python, the extra `llamacpp`, is not installed")
     path = tiny_models.write_llama_bpe(tmp_path / "model.gguf", quantization=gguf.GGMLQuantizationType[quantization])
     done = subprocess.run([sys.executable, "-c", COMPARE, str(path)], capture_output=True, text=True, check=True)
     untouched, error, num_different, taken, read, read_again = json.loads(done.stdout.splitlines()[-1])
     assert untouched and num_different > 5
-    assert (0 < error < 0.02) if matmul.process.will_have_kernels() and quantization in ("Q8_0", "Q4_1") else error == 0
+    ours = matmul.process.will_have_kernels() and quantization in ("Q8_0", "Q4_1")
+    assert error < 0.02 if ours else error == 0
     assert taken == {"ggml_is_numa": True, "llamafile_sgemm": True}
     assert read == read_again and read
     assert done.stderr == ""
