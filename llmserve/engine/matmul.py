@@ -31,6 +31,9 @@ from llmserve.engine import kernels
 
 log = logging.getLogger(__name__)
 
+OURS = frozenset({"Q4_1", "Q8_0"})
+"""Types of weights that there are kernels of ours for."""
+
 _MOST_THREADS = 4
 """That have even shares. With more, one is likelier to be late, and then all wait for it; that was not measured."""
 _SHARED = 1.0  # seconds for which a process whose passes overlapped has tiles
@@ -63,7 +66,7 @@ class MatMul:
         self._claimed = True
 
     def will_have_kernels(self, *, claimed: bool = False) -> bool:
-        """Whether weights in Q8_0 and Q4_1 will be multiplied by ours, as far as can be told before the library is loaded.
+        """Whether weights of `OURS` will be multiplied by them, as far as can be told before the library is loaded.
 
         `claimed`: in a process that is going to be.
         """
@@ -168,6 +171,7 @@ def _open_table(function: Any) -> dict[str, _Entry]:
         others.value = _address(functions["llamafile_sgemm"])
         _Entry(places["llamafile_sgemm"], _address(ours.llmserve_product)).set(True)
         table["llamafile_sgemm"] = _Entry(ctypes.addressof(others), 0)
+        log.info("weights in Q8_0 and Q4_1 are multiplied by kernels of llmserve's own")
     # Behind each pass ggml gives a thread back to all nodes, if it thinks that there are several, and they were never counted.
     table.pop("pthread_setaffinity_np").set(True)
     return table

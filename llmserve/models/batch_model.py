@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llmserve.config import ModelSpec
-from llmserve.engine import gguf
+from llmserve.engine import gguf, matmul
 from llmserve.engine.batch_engine import MOST_CHUNKS, BatchEngine
 from llmserve.engine.chat_template import ChatTemplate
 from llmserve.engine.compute import ComputeBudget
@@ -74,9 +74,7 @@ class BatchModel:
     def open(self, budget: ComputeBudget, statistics: StatisticsCounter, *, reads_text: bool = True) -> Engine:
         """Load the model; without what reads text, if the engine is to be given token ids only. Raises ModelFileError."""
         spec = self.spec
-        settings = LlamaCppSettings(
-            spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack, _tiles_from(spec, self.header)
-        )
+        settings = LlamaCppSettings(spec.kv_type, spec.flash_attention, spec.gpu_layers, self.repack, self._tiles_from)
         batch_size = max(MOST_CHUNKS * round_up_to_grid(spec.prefill_chunk, LlamaCppBackend.grid), spec.slots)
         try:
             backend = LlamaCppBackend(self.path, self.context_length, spec.slots, batch_size, settings)
@@ -128,6 +126,15 @@ class BatchModel:
         )
 
     @property
+    def _tiles_from(self) -> int:
+        """As of `LlamaCppSettings`. Plain attention is rounded by tiles as well; kernels of ours never ask for them, and keep no other model waiting."""
+        spec = self.spec
+        fused = spec.flash_attention == "on" or (spec.flash_attention == "auto" and spec.gpu_layers == 0)
+        types = {tensor.type.name for tensor in self.header.tensors if len(tensor.shape) > 1}
+        ours = types <= matmul.OURS and self.repack and matmul.process.will_have_kernels()
+        return TILES_FROM if fused and types <= _EXACT and not ours else 0
+
+    @property
     def _kv_cache_bytes(self) -> int:
         """Of all slots together: keys and values of every layer, whose numbers of heads may differ."""
         architecture = self.header.get("general.architecture", str)
@@ -142,13 +149,6 @@ class BatchModel:
         width = _number(value("attention.key_length", length)) + _number(value("attention.value_length", length))
         per_token = sum(kv_heads) * width * _BYTES_PER_KV_VALUE[self.spec.kv_type]
         return int(self.spec.slots * self.context_length * per_token)
-
-
-def _tiles_from(spec: ModelSpec, header: GGUFFile) -> int:
-    """As of `LlamaCppSettings`. Plain attention is rounded by tiles as well."""
-    fused = spec.flash_attention == "on" or (spec.flash_attention == "auto" and spec.gpu_layers == 0)
-    exact = all(tensor.type.name in _EXACT for tensor in header.tensors if len(tensor.shape) > 1)
-    return TILES_FROM if fused and exact else 0
 
 
 def _number(value: object) -> int:

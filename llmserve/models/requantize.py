@@ -23,8 +23,6 @@ from llmserve.models.files import derived
 log = logging.getLogger(__name__)
 
 _WITHOUT_KERNELS = frozenset({"Q4_1", "Q5_1"})
-_OURS = frozenset({"Q4_1"})
-"""Of which there are kernels of ours on some processors (engine/matmul.py): with them several tokens take as long as in Q8_0, and one less."""
 _LARGEST = 512 * 1024**2
 """Bytes of a file that nobody has asked to make larger: one token alone takes as much longer as there is more to read."""
 
@@ -33,10 +31,11 @@ def is_wanted(spec: ModelSpec, header: GGUFFile, repack: bool) -> bool:
     """Whether a model's weights are to become Q8_0: as configured, else where several tokens gain what one may lose."""
     if spec.weights != "auto":
         return spec.weights == "q8_0" and _share(header, frozenset({"Q8_0"})) < 0.9  # what is left are vectors
-    ours = matmul.process.will_have_kernels(claimed=spec.isolation == "process")
+    # With kernels of ours several tokens take as long in Q4_1 as in Q8_0, and one less.
+    ours = repack and matmul.process.will_have_kernels(claimed=spec.isolation == "process")
     return (
         header.size <= _LARGEST
-        and _share(header, _WITHOUT_KERNELS - (_OURS if repack and ours else set())) > 0.5
+        and _share(header, _WITHOUT_KERNELS - (matmul.OURS if ours else set())) > 0.5
         and spec.gpu_layers == 0
         and platform.machine() in ("x86_64", "AMD64")  # on others it was not measured
         and not (repack and "amx_int8" in probe.processor_flags())  # there repacked weights of these types have kernels

@@ -24,12 +24,12 @@ def ask(port, model, content="hi", **options):
 
 
 class Follower(threading.Thread):
-    """A client of one long stream, who notes when each piece arrives."""
+    """A client of one long stream that does not end by itself, who notes when each piece arrives."""
 
     def __init__(self, port, max_tokens=400):
         super().__init__()
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Write a very long story."}], "stream": True}
-        self.payload = json.dumps(body | {"max_tokens": max_tokens, "seed": 1}).encode()
+        self.payload = json.dumps(body | {"max_tokens": max_tokens, "seed": 1, "ignore_eos": True}).encode()
         self.port, self.times, self.raw = port, [], b""
         self.flowing = threading.Event()
         self.cpu_times = harness.cpu_times()
