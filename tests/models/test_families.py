@@ -76,7 +76,8 @@ def test_a_forced_call_is_right_at_a_temperature_of_1_5(ask, family, choice, see
 def test_a_loop_of_three_turns_ends(ask, family):
     messages = [QUESTION]
     for choice in ("required", "required", "none"):
-        (answer,) = ask(family, messages=messages, tool_choice=choice, seed=2).json["choices"]
+        patience = {} if choice == "required" else {"min_tokens": 8}  # random weights may end a text before it has begun
+        (answer,) = ask(family, messages=messages, tool_choice=choice, seed=2, **patience).json["choices"]
         messages.append(answer["message"])
         calls = answer["message"].get("tool_calls", [])
         assert bool(calls) == (choice == "required")

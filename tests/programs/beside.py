@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmserve.config import DEFAULT_MODEL, load
+from llmserve.engine import matmul
 from llmserve.engine.backend import Logits, Piece
 from llmserve.models.loading import Loader, has_llamacpp
 
@@ -80,6 +81,7 @@ def _llamacpp_logits(texts: list[list[int]]) -> Iterator[list[Logits]]:
 
 
 def _model(engine: str) -> Any:
+    matmul.process.claim()  # as a server's
     return Loader(load().server).prepare(replace(DEFAULT_MODEL, engine=engine)).model
 
 
