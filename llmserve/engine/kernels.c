@@ -2,6 +2,10 @@
 
    There is no Python in here; kernels.py opens it with ctypes. All is thread-safe but the setting of `llmserve_others`. */
 
+#ifndef __OPTIMIZE__
+#error "without optimization these are slower than what they replace"
+#endif
+
 #include <immintrin.h>
 #include <stdbool.h>
 #include <stddef.h>
